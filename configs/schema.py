@@ -1,0 +1,301 @@
+"""What a run is made of: one frozen, complete tree, checked once, handed out in parts.
+
+Every stage receives only its part. Nothing here knows torch, sockets or processes; a name of a dtype or a device is a
+word that the stage that owns the tensors resolves.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+StageName = Literal["text_encoder", "denoiser", "vae_decoder", "output"]
+STAGES: tuple[StageName, ...] = ("text_encoder", "denoiser", "vae_decoder", "output")
+MODEL_STAGES: tuple[StageName, ...] = STAGES[:3]
+
+LATENT_CHANNELS = 16
+"""Channels of a Wan 2.1 latent."""
+SPATIAL_STRIDE = 8
+"""Pixels a latent covers in height and in width."""
+TEMPORAL_STRIDE = 4
+"""Frames a latent frame decodes to, the first of a stream excepted: that one decodes to a single frame."""
+PATCH = 2
+"""Latents a transformer token covers in height and in width."""
+
+
+class Part(BaseModel):
+    """A frozen part of the configuration; a key it does not have is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TransformerConfig(Part):
+    """Causal Wan transformer: what the shapes of its tensors are, and what they cannot tell."""
+
+    dim: PositiveInt
+    ffn_dim: PositiveInt
+    freq_dim: PositiveInt = 256
+    text_dim: PositiveInt
+    text_len: PositiveInt = 512
+    num_heads: PositiveInt
+    num_layers: PositiveInt
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> "TransformerConfig":
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} times an even number")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even, found {self.freq_dim}")
+        return self
+
+
+class TextEncoderConfig(Part):
+    """UMT5 encoder (gated GELU, a relative position bias of its own in every layer)."""
+
+    vocab_size: PositiveInt
+    dim: PositiveInt
+    dim_attn: PositiveInt
+    dim_ffn: PositiveInt
+    num_heads: PositiveInt
+    num_layers: PositiveInt
+    num_buckets: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _heads_divide_attention(self) -> "TextEncoderConfig":
+        if self.dim_attn % self.num_heads:
+            raise ValueError(f"dim_attn {self.dim_attn} must be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class VaeConfig(Part):
+    """Causal Wan 2.1 VAE (stride 4x8x8, 16 latent channels)."""
+
+    base_dim: PositiveInt
+    dim_mult: tuple[PositiveInt, ...] = (1, 2, 4, 4)
+    num_res_blocks: PositiveInt = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _lengths(self) -> "VaeConfig":
+        for name, values in (("latents_mean", self.latents_mean), ("latents_std", self.latents_std)):
+            if len(values) != LATENT_CHANNELS:
+                raise ValueError(f"{name} needs {LATENT_CHANNELS} numbers, found {len(values)}")
+        if len(self.dim_mult) != 4 or sum(self.temporal_downsample) != 2 or len(self.temporal_downsample) != 3:
+            raise ValueError("stride 4x8x8 needs four dim_mult and two of three temporal_downsample")
+        return self
+
+
+class LoraConfig(Part):
+    """LoRA over all linears of the transformer's layers; the files do not state the alpha."""
+
+    rank: PositiveInt
+    alpha: float
+
+
+class FilesConfig(Part):
+    """Where each checkpoint file lies below `model.path`; the first that exists is read."""
+
+    transformer: tuple[str, ...] = (
+        "longlive_models/models/longlive_base.pt",
+        "models/longlive_base.pt",
+        "longlive_base.pt",
+        "Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors",
+        "Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors",
+        "diffusion_pytorch_model.safetensors.index.json",
+    )
+    lora: tuple[str, ...] = ("longlive_models/models/lora.pt", "models/lora.pt", "lora.pt")
+    vae: tuple[str, ...] = ("Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", "Wan2.1_VAE.pth")
+    text_encoder: tuple[str, ...] = (
+        "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+    )
+    tokenizer: tuple[str, ...] = ("Wan2.1-T2V-1.3B/google/umt5-xxl", "google/umt5-xxl")
+
+
+class ModelConfig(Part):
+    """The networks, their files, and how they are held in memory."""
+
+    path: Path | None = None
+    random_weights: bool = False
+    random_weights_seed: int = 0
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    vae: VaeConfig
+    lora: LoraConfig | None = None
+    files: FilesConfig = FilesConfig()
+    generator: Literal["generator", "generator_ema"] = "generator"
+    dtype: Dtype = "float32"
+    vae_dtype: Dtype = "float32"
+    text_dtype: Dtype = "float32"
+    attention: Literal["auto", "sdpa", "flash"] = "auto"
+
+    @model_validator(mode="after")
+    def _widths_meet(self) -> "ModelConfig":
+        if self.transformer.text_dim != self.text_encoder.dim:
+            raise ValueError(
+                f"transformer.text_dim {self.transformer.text_dim} must equal text_encoder.dim {self.text_encoder.dim}"
+            )
+        return self
+
+
+class VideoConfig(Part):
+    """Pixels and time of the picture."""
+
+    height: PositiveInt
+    width: PositiveInt
+    fps: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _sixteen(self) -> "VideoConfig":
+        step = SPATIAL_STRIDE * PATCH
+        if self.height % step or self.width % step:
+            raise ValueError(f"height and width must be divisible by {step}, found {self.height}x{self.width}")
+        return self
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // SPATIAL_STRIDE
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // SPATIAL_STRIDE
+
+    @property
+    def frame_tokens(self) -> int:
+        """Transformer tokens of one latent frame."""
+        return (self.latent_height // PATCH) * (self.latent_width // PATCH)
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one frame as uint8 RGB."""
+        return self.height * self.width * 3
+
+
+class StreamConfig(Part):
+    """How a stream is generated: block by block, with which steps, seeing which past. Lengths in latent frames."""
+
+    frames_per_block: PositiveInt = 3
+    window: PositiveInt = 12
+    sink: Annotated[int, Field(ge=0)] = 3
+    steps: tuple[Annotated[int, Field(gt=0, le=1000)], ...] = (1000, 750, 500, 250)
+    warp_steps: bool = True
+    timestep_shift: Annotated[float, Field(gt=0)] = 5.0
+    rope: Literal["absolute", "relative"] = "relative"
+    global_sink: bool = True
+    context_noise: Annotated[int, Field(ge=0, lt=1000)] = 0
+    first_position: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _multiples_of_the_block(self) -> "StreamConfig":
+        block = self.frames_per_block
+        for name, value in (("window", self.window), ("sink", self.sink)):
+            if value % block:
+                raise ValueError(f"{name} must be a multiple of frames_per_block {block}, found {value}")
+        if self.sink + block > self.window:
+            raise ValueError(f"window {self.window} must hold sink {self.sink} and a block of {block}")
+        if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
+            raise ValueError(f"steps must fall strictly, found {list(self.steps)}")
+        return self
+
+    @property
+    def window_blocks(self) -> int:
+        return self.window // self.frames_per_block
+
+    @property
+    def sink_blocks(self) -> int:
+        return self.sink // self.frames_per_block
+
+    def first_frame(self, block: int) -> int:
+        """Number of the first frame of a block: 0 for block 0, one less latent frame's worth of three after it."""
+        return 0 if block == 0 else block * self.frames_per_block * TEMPORAL_STRIDE - (TEMPORAL_STRIDE - 1)
+
+    def frames_in(self, block: int) -> int:
+        """Frames a block decodes to."""
+        return self.first_frame(block + 1) - self.first_frame(block)
+
+    def block_of_frame(self, frame: int) -> int:
+        """The block whose decoding yields a frame."""
+        return (frame + TEMPORAL_STRIDE - 1) // (self.frames_per_block * TEMPORAL_STRIDE)
+
+    def blocks_for_frames(self, frames: int) -> int:
+        """Fewest blocks that hold that many frames."""
+        return 0 if frames <= 0 else self.block_of_frame(frames - 1) + 1
+
+
+class StageConfig(Part):
+    """Where one model stage runs. What is null here is what the run says for all."""
+
+    placement: Literal["process", "thread"] | None = None
+    device: Device | None = None
+    threads: PositiveInt = 1
+
+
+class StagesConfig(Part):
+    """Settings of the three model stages."""
+
+    text_encoder: StageConfig = StageConfig()
+    denoiser: StageConfig = StageConfig()
+    vae_decoder: StageConfig = StageConfig()
+
+
+class RingsConfig(Part):
+    """Slots of the rings between stages: a prompt's embeddings, a block's latents, a latent frame's pixels."""
+
+    embeds: PositiveInt = 2
+    latents: Annotated[int, Field(ge=2)] = 2
+    frames: Annotated[int, Field(ge=3)] = 6
+
+
+class OutputConfig(Part):
+    """What happens to frames: where they go and at which pace."""
+
+    out: tuple[str, ...] = ("null:",)
+    pace: Literal["live", "free"] = "live"
+    ffmpeg: Path | None = None
+    crf: Annotated[int, Field(ge=0, le=51)] = 20
+    live_bitrate_kbit: PositiveInt = 2500
+
+
+class SupervisionConfig(Part):
+    """Deadlines, in seconds, after which a worker counts as failed."""
+
+    start_s: Annotated[float, Field(gt=0)] = 600.0
+    heartbeat_s: Annotated[float, Field(gt=0)] = 0.5
+    hang_s: Annotated[float, Field(gt=0)] = 30.0
+    drain_s: Annotated[float, Field(gt=0)] = 30.0
+
+
+class RuntimeConfig(Part):
+    """A whole run."""
+
+    name: str
+    prompt: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    placement: Literal["process", "thread"] = "process"
+    device: Device = "cpu"
+    model: ModelConfig
+    video: VideoConfig
+    stream: StreamConfig = StreamConfig()
+    stages: StagesConfig = StagesConfig()
+    rings: RingsConfig = RingsConfig()
+    output: OutputConfig = OutputConfig()
+    prompt_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    supervision: SupervisionConfig = SupervisionConfig()
+
+    def stage(self, name: StageName) -> StageConfig:
+        """A model stage's settings with the run's placement and device filled in."""
+        own: StageConfig = getattr(self.stages, name)
+        return StageConfig(
+            placement=own.placement or self.placement, device=own.device or self.device, threads=own.threads
+        )
