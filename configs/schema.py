@@ -25,6 +25,9 @@ TEMPORAL_STRIDE = 4
 PATCH = 2
 """Latents a transformer token covers in height and in width."""
 
+ABSOLUTE_POSITIONS = 1024
+"""Length of the published position table (Wan 2.1): with `rope: absolute` a stream ends at latent frame 1023."""
+
 
 class Part(BaseModel):
     """A frozen part of the configuration; a key it does not have is an error, never ignored."""
@@ -228,6 +231,13 @@ class StreamConfig(Part):
         """The block whose decoding yields a frame."""
         return (frame + TEMPORAL_STRIDE - 1) // (self.frames_per_block * TEMPORAL_STRIDE)
 
+    @property
+    def most_blocks(self) -> int | None:
+        """How many blocks a stream can have; None with `rope: relative`, which never ends."""
+        if self.rope == "relative":
+            return None
+        return max(0, ABSOLUTE_POSITIONS - self.first_position) // self.frames_per_block
+
     def blocks_for_frames(self, frames: int) -> int:
         """Fewest blocks that hold that many frames."""
         return 0 if frames <= 0 else self.block_of_frame(frames - 1) + 1
@@ -258,10 +268,14 @@ class RingsConfig(Part):
 
 
 class OutputConfig(Part):
-    """What happens to frames: where they go and at which pace."""
+    """What happens to frames: where they go and at which pace.
+
+    `live` plays at the video's rate, `free` as fast as frames come, `serial` likewise but begins a block only when the
+    one before has left the VAE decoder: no overlap, for comparison.
+    """
 
     out: tuple[str, ...] = ("null:",)
-    pace: Literal["live", "free"] = "live"
+    pace: Literal["live", "free", "serial"] = "live"
     ffmpeg: Path | None = None
     crf: Annotated[int, Field(ge=0, le=51)] = 20
     live_bitrate_kbit: PositiveInt = 2500

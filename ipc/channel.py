@@ -6,6 +6,7 @@ that finds no room is dropped: between stages messages only wake, the rings' hea
 """
 
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -87,10 +88,14 @@ class Inbox:
 
 
 class Outbox:
-    """Sends messages to one inbox, which may not be there yet or may come back after a restart."""
+    """Sends messages to one inbox, which may not be there yet or may come back after a restart.
+
+    May be shared by threads: a completion thread wakes the consumer while the stage sends.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self._codec = Codec(())
+        self._lock = threading.Lock()
         self._socket = _configured(context.socket(zmq.PUSH), 4096)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
@@ -98,15 +103,18 @@ class Outbox:
 
     def send(self, message: Message) -> bool:
         """Queues a message; False where the queue was full and it was dropped."""
-        try:
-            self._socket.send(self._codec.encode(message))
-        except zmq.Again:
-            return False
+        data = self._codec.encode(message)
+        with self._lock:
+            try:
+                self._socket.send(data)
+            except zmq.Again:
+                return False
         return True
 
     def close(self, linger_s: float = 0.0) -> None:
         """Closes; with a linger, what is queued still has that long to leave."""
-        self._socket.close(linger=round(linger_s * 1000))
+        with self._lock:
+            self._socket.close(linger=round(linger_s * 1000))
 
 
 class Gateway:

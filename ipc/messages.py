@@ -238,11 +238,10 @@ class ExpectPrompt(Message):
 
 
 class Begin(Message):
-    """To the denoiser: generate, from this block on; `resume` recomputes the cache from the retained latents first."""
+    """To the denoiser: generate from this block on; past block 0 the cache is recomputed from the retained latents."""
 
     type = "begin"
     block: Count
-    resume: bool
 
 
 class Drain(Message):
@@ -494,6 +493,7 @@ TO_DAEMON: tuple[type[Message], ...] = (
     PlayoutReport,
     Drained,
     StageFailed,
+    RingExported,
 )
 
 

@@ -47,8 +47,8 @@ def choose_attention(
     if preference == "flash" and not (installed and fits):
         found = f"device {device.type}, dtype {str(dtype).removeprefix('torch.')}" if installed else "not installed"
         raise ConfigError(
-            f"model.attention: flash needs the package flash-attn on a CUDA device in bfloat16 or float16; found {found};"
-            " install the extra with `pip install longlive-runtime[flash]` or set model.attention=sdpa"
+            "model.attention: flash needs the package flash-attn on a CUDA device in bfloat16 or float16; found"
+            f" {found}; install the extra with `pip install longlive-runtime[flash]` or set model.attention=sdpa"
         )
     if preference != "sdpa" and installed and fits:
         from flash_attn import flash_attn_func

@@ -1,6 +1,7 @@
-"""The noise of a stream as a pure function of (seed, block, step): the same on every device, after a restart or a replay.
+"""The noise of a stream as a pure function of (seed, block, step).
 
-Drawn in float32 on the CPU; the caller copies it to where it is needed.
+The same on every device, after a restart or a replay. Drawn in float32 on the CPU; the caller copies it to where it
+is needed.
 """
 
 import hashlib

@@ -190,7 +190,7 @@ class CausalWanTransformer(nn.Module):
         Returns:
             The flow, [B, F, 16, h, w] float32.
         """
-        batch, frames, _, height, width = latents.shape
+        _, frames, _, height, width = latents.shape
         rows, columns = height // PATCH, width // PATCH
         turn = rotation(plan.frames, rows, columns, self.config.head_dim, self.device)
 

@@ -1,0 +1,234 @@
+"""The denoiser: owns the transformer and its KV cache, makes one block after another, switches prompts between them.
+
+It knows nothing of frames per second, sinks or users: a credit says that a block may begin, a free slot that its
+latents have a place.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.schema import RuntimeConfig, StageName
+from ipc.errors import InputError
+from ipc.messages import (
+    Begin,
+    BlockDone,
+    Credit,
+    Drain,
+    EmbedsReady,
+    EndOfStream,
+    ExpectPrompt,
+    LatentsReady,
+    Message,
+    PromptApplied,
+    PromptDropped,
+)
+from ipc.tensor_ring import Slots
+from workers.inputs import noise_source
+from workers.models.attention import choose_attention
+from workers.models.checkpoint import load_transformer
+from workers.models.denoise import LatentHistory, Rollout
+from workers.models.noise import DrawnNoise, NoiseSource
+from workers.models.transformer import CausalWanTransformer
+from workers.ports import RingReader, RingWriter, Send
+from workers.prompt_queue import Apply, PromptQueue, Wait
+from workers.stage import IDLE_WAIT_S
+
+
+class DenoiserStage:
+    """The `denoiser` stage.
+
+    Args:
+        embeds: ring of prompts' embeddings, [text_len, text_dim] float32 a slot.
+        latents: ring to the VAE decoder, [F, 16, h, w] float32 a slot.
+        history: [window blocks, F, 16, h, w] float32, retained clean latents; it outlives this process.
+        blocks: how many blocks to make; None for ever.
+        inputs: file with noise to use instead of drawn noise.
+        dump: file that receives all clean latents when the stream ends.
+        on_pass: called after every transformer pass.
+    """
+
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        *,
+        embeds: RingReader[EmbedsReady],
+        embeds_slots: Slots,
+        latents: RingWriter,
+        latents_slots: Slots,
+        history: Tensor,
+        to_daemon: Send,
+        blocks: int | None = None,
+        inputs: Path | None = None,
+        dump: Path | None = None,
+        on_pass: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name: StageName = "denoiser"
+        self._config = config
+        self._device = torch.device(config.stage("denoiser").device or "cpu")
+        self._embeds, self._embeds_slots = embeds, embeds_slots
+        self._latents, self._latents_slots = latents, latents_slots
+        self._history = history
+        self._to_daemon = to_daemon
+        self._blocks, self._inputs, self._dump = blocks, inputs, dump
+        self._on_pass = on_pass
+        self._prompts = PromptQueue()
+        self._dumped: list[Tensor] = []
+        self._credit = -1
+        self._begin: Begin | None = None
+        self._fresh = True
+        self._draining = False
+        self._ended = False
+
+    def load(self) -> None:
+        """Weights onto the device, and the noise. Raises UserError."""
+        model = self._config.model
+        transformer = load_transformer(model, self._device)
+        transformer.attention = choose_attention(model.attention, self._device, transformer.dtype)
+        self._rollout = self._new_rollout(transformer)
+        self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)
+        self._check_length()
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend in use."""
+        return self._rollout.model.attention.name
+
+    def _new_rollout(self, transformer: CausalWanTransformer) -> Rollout:
+        config = self._config
+        history = LatentHistory(self._history)
+        return Rollout(transformer, config.stream, config.video, history, on_pass=self._on_pass)
+
+    def _check_length(self) -> None:
+        most = self._config.stream.most_blocks
+        if most is not None and self._blocks is not None and self._blocks > most:
+            raise InputError(
+                f"stream.rope: absolute positions end after {most} blocks, {self._blocks} were asked for; set"
+                " stream.rope=relative"
+            )
+
+    def warm_up(self) -> float:
+        """Milliseconds of a block with a full window, on scratch state that is dropped afterwards."""
+        rollout = self._rollout
+        transformer = rollout.model
+        rollout.history = LatentHistory(torch.zeros_like(self._history))
+        rollout.switch(torch.zeros(1, 1, transformer.config.text_dim))
+        noise = DrawnNoise(0, rollout.shape)
+        rollout.block = self._config.stream.window_blocks
+        rollout.denoise_block(noise)
+        began = time.monotonic_ns()
+        rollout.denoise_block(noise).cpu()
+        elapsed_ms = (time.monotonic_ns() - began) / 1e6
+        del rollout, self._rollout
+        self._rollout = self._new_rollout(transformer)
+        return elapsed_ms
+
+    def receive(self, message: Message) -> None:
+        """Credits, prompts that are to be waited for, begin and drain; other messages only wake."""
+        match message:
+            case Begin():
+                self._begin = message
+            case Credit():
+                self._credit = max(self._credit, message.block)
+            case ExpectPrompt():
+                self._prompts.expect(message.version, message.at)
+            case PromptDropped():
+                self._prompts.drop(message.version)
+            case Drain():
+                self._draining = True
+
+    def process(self) -> bool:
+        """Makes the next block if it may begin; False if it must wait."""
+        took = self._take_embeds()
+        if self._begin is None or self._ended:
+            return took
+        block = max(self._rollout.block, self._begin.block)
+        if self._draining or block == self._last_block():
+            self._end(block)
+            return True
+        decision = self._prompts.decide(block)
+        if block > self._credit or isinstance(decision, Wait):
+            return took
+        slot = self._latents.acquire()
+        if slot is None:
+            return took
+        began = time.monotonic_ns()
+        if isinstance(decision, Apply):
+            self._put_in_force(decision, block)
+        latents = self._rollout.denoise_block(self._noise)
+        self._hand_over(slot, block, latents, began)
+        return True
+
+    def wait_s(self) -> float:
+        return IDLE_WAIT_S
+
+    def close(self) -> None:
+        self._dumped.clear()
+
+    def _last_block(self) -> int | None:
+        """The block at which the stream must end, if it must: asked for, or the end of absolute positions."""
+        ends = [blocks for blocks in (self._blocks, self._config.stream.most_blocks) if blocks is not None]
+        return min(ends, default=None)
+
+    def _take_embeds(self) -> bool:
+        took = self._embeds.take()
+        if took is None:
+            return False
+        taken, message = took
+        embeds = self._embeds_slots.tensor(taken.slot)[: message.tokens].clone()
+        self._embeds.release(taken)
+        self._prompts.arrive(message.version, message.at, embeds[None])
+        return True
+
+    def _put_in_force(self, decision: Apply, block: int) -> None:
+        assert self._begin is not None
+        if self._rollout.block < self._begin.block:
+            self._rollout.resume(self._begin.block, decision.embeds)
+            self._fresh = True
+        else:
+            self._rollout.switch(decision.embeds)
+        self._prompts.applied(decision.version, block)
+        self._to_daemon(PromptApplied(version=decision.version, block=block))
+
+    def _hand_over(self, slot: int, block: int, latents: Tensor, began: int) -> None:
+        version = self._prompts.version
+        assert version is not None
+        self._latents_slots.tensor(slot).copy_(latents[0], non_blocking=True)
+        if self._dump is not None:
+            self._dumped.append(latents.cpu())
+        ended = time.monotonic_ns()
+        self._latents.publish(
+            slot,
+            LatentsReady(
+                ring="latents",
+                epoch=self._latents.epoch,
+                slot=slot,
+                block=block,
+                version=version,
+                fresh=self._fresh,
+                began_ns=began,
+                sent_ns=ended,
+            ),
+        )
+        self._fresh = False
+        self._to_daemon(BlockDone(stage="denoiser", block=block, version=version, began_ns=began, ended_ns=ended))
+
+    def _end(self, block: int) -> None:
+        if self._dump is not None:
+            self._write_dump(self._dump)
+        self._ended = True
+        self._latents.send_last(EndOfStream(blocks=block))
+
+    def _write_dump(self, path: Path) -> None:
+        if not self._dumped:
+            return
+        partial = path.with_name(f".{path.name}.part")
+        try:
+            save_file({"latents": torch.cat(self._dumped, dim=1).contiguous()}, partial)
+            partial.replace(path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot write the latents: {error.strerror or error}") from error
