@@ -223,9 +223,7 @@ class AsyncEventStream(AsyncIterator[Message]):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
         while not await self._socket.poll(0):
-            if not self._over and not await poller.poll(
-                None if self._timeout_s is None else round(self._timeout_s * 1000)
-            ):
+            if not self._over and not await poller.poll(self._timeout_ms):
                 raise StopAsyncIteration
             self._over = self._over or await self._daemon_went()
             if self._over and not await self._socket.poll(0):
