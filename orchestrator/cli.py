@@ -286,7 +286,7 @@ def _wait(handle: PromptHandle) -> None:
     """Tells what becomes of a prompt; ends with 1 where it does not take effect."""
     answer = handle.result()
     if isinstance(answer, Applied):
-        typer.echo(f"applied: version {answer.version} at block {answer.block}, frame {answer.frame}")
+        typer.echo(f"applied at block {answer.block}, frame {answer.frame}")
         typer.echo(f"on air after {handle.on_air().ms:.0f} ms")
         return
     if isinstance(answer, Superseded):

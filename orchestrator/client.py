@@ -287,6 +287,7 @@ class _Link:
     def close(self) -> None:
         if not self._socket.closed:
             self._socket.disable_monitor()
+            self._monitor.close()
             self._socket.close()
 
     def _read_monitor(self) -> None:

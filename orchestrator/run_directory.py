@@ -72,7 +72,7 @@ class RunDirectory:
             lock = _take_lock(path)
             if lock is not None:
                 directory = cls(path, lock, created)
-                directory._remove_sockets()
+                directory._clear_stale_sockets()
                 return directory
         raise ConfigError(f"run directory {path}: its lock file keeps changing; set LONGLIVE_RUN_DIR to another")
 
@@ -92,7 +92,9 @@ class RunDirectory:
         """Removes sockets and the lock file, then lets go of the lock. A second call does nothing."""
         if self._lock is None:
             return
-        self._remove_sockets()
+        for path in self.path.glob("*.sock"):
+            if path.is_socket():
+                path.unlink(missing_ok=True)
         (self.path / LOCK).unlink(missing_ok=True)
         if self._temporary:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -111,9 +113,13 @@ class RunDirectory:
     ) -> None:
         self.close()
 
-    def _remove_sockets(self) -> None:
-        for path in self.path.glob("*.sock"):
-            remove_stale_socket(path)
+    def _clear_stale_sockets(self) -> None:
+        try:
+            for path in self.path.glob("*.sock"):
+                remove_stale_socket(path)
+        except ConfigError:
+            self.close()
+            raise
 
 
 def _short_parent() -> str | None:

@@ -3,11 +3,11 @@
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_daemon import FakeDaemon, a_status
 
 from ipc.errors import NotRunning, ProtocolError, Refused
 from ipc.messages import (
@@ -28,7 +28,6 @@ from ipc.messages import (
 from orchestrator.async_client import AsyncClient
 from orchestrator.client import Client
 from orchestrator.run_directory import RunDirectory
-from fake_daemon import FakeDaemon, a_status
 
 
 @pytest.fixture
@@ -77,14 +76,17 @@ def test_a_final_answer_after_accepted_is_returned(directory: RunDirectory, fina
 
 def test_rejection_raises_whether_or_not_accepted_came_first(directory: RunDirectory) -> None:
     rejected = Rejected(code="too_long", text="513 tokens")
-    with FakeDaemon(directory, lambda c: [rejected] if c.text == "now" else [Accepted(version=0), rejected]):
-        with Client(directory.path) as client:
-            with pytest.raises(Refused, match="513 tokens") as at_once:
-                client.prompt("now")
-            assert at_once.value.code == "too_long"
-            handle = client.prompt("later")
-            with pytest.raises(Refused, match="513 tokens"):
-                handle.result(5)
+
+    def script(command: Message) -> list[Message]:
+        return [rejected] if command == PromptSet(text="now") else [Accepted(version=0), rejected]
+
+    with FakeDaemon(directory, script), Client(directory.path) as client:
+        with pytest.raises(Refused, match="513 tokens") as at_once:
+            client.prompt("now")
+        assert at_once.value.code == "too_long"
+        handle = client.prompt("later")
+        with pytest.raises(Refused, match="513 tokens"):
+            handle.result(5)
 
 
 def test_a_prompt_that_is_cancelled_at_once_has_a_result_but_no_version(directory: RunDirectory) -> None:
@@ -105,18 +107,15 @@ def test_answers_of_other_commands_are_kept_for_them(directory: RunDirectory) ->
 
 
 def test_waiting_for_a_result_can_be_given_up_and_taken_up_again(directory: RunDirectory) -> None:
-    ready: list[Message] = []
-
-    def script(command: Message) -> list[Message]:
-        return [Accepted(version=0)] if isinstance(command, PromptSet) else [a_status(), *ready]
-
-    with FakeDaemon(directory, script), Client(directory.path) as client:
+    accepted = [Accepted(version=0)]
+    with FakeDaemon(directory, lambda _: accepted) as daemon, Client(directory.path) as client:
         handle = client.prompt("a fox")
         with pytest.raises(TimeoutError):
             handle.result(0.05)
         with pytest.raises(TimeoutError):
             handle.on_air(0.05)
-        assert client.status() == a_status()
+        daemon.publish(OnAir(version=0, block=1, frame=9, ms=5.0))
+        assert handle.on_air(5).block == 1
 
 
 def test_on_air_is_not_lost_among_thousands_of_other_events(directory: RunDirectory) -> None:
@@ -188,11 +187,10 @@ def dead_sockets(path: Path) -> None:
 
 
 @pytest.mark.parametrize("leave", [nothing_there, dead_sockets])
-def test_no_daemon_is_said_at_once(directory: RunDirectory, leave: object) -> None:
-    assert callable(leave)
+def test_no_daemon_is_said_at_once(directory: RunDirectory, leave: Callable[[Path], None]) -> None:
     leave(directory.path)
     began = time.monotonic()
-    with pytest.raises(NotRunning, match="no daemon runs in .*orchestrator start"):
+    with pytest.raises(NotRunning, match=r"no daemon runs in .*orchestrator start"):
         Client(directory.path, timeout_s=30)
     assert time.monotonic() - began < 5
 
@@ -208,21 +206,35 @@ def test_a_frozen_daemon_is_said_after_the_deadline(directory: RunDirectory) -> 
 
 
 def test_a_silent_daemon_is_said_after_the_deadline(directory: RunDirectory) -> None:
-    with FakeDaemon(directory, lambda _: []), Client(directory.path, timeout_s=0.2) as client:
-        with pytest.raises(NotRunning, match=r"did not answer within 0\.2 s"):
-            client.status()
+    with (
+        FakeDaemon(directory, lambda _: []),
+        Client(directory.path, timeout_s=0.2) as client,
+        pytest.raises(NotRunning, match=r"did not answer within 0\.2 s"),
+    ):
+        client.status()
 
 
 def test_another_protocol_version_is_refused(directory: RunDirectory) -> None:
-    with FakeDaemon(directory, applies_at_once, version=2), Client(directory.path) as client:
-        with pytest.raises(ProtocolError, match="protocol 2"):
-            client.status()
+    with (
+        FakeDaemon(directory, applies_at_once, version=2),
+        Client(directory.path) as client,
+        pytest.raises(ProtocolError, match="protocol 2"),
+    ):
+        client.status()
 
 
 @pytest.mark.parametrize(
     ("text", "at"),
-    [("", None), (" \n", None), ("a\0b", None), ("\ud800", None), ("x" * 20_001, None), ("🦊" * 20_000, None)]
-    + [("a fox", -1), ("a fox", 2**63)],
+    [
+        ("", None),
+        (" \n", None),
+        ("a\0b", None),
+        ("\ud800", None),
+        ("x" * 20_001, None),
+        ("🦊" * 20_000, None),
+        ("a fox", -1),
+        ("a fox", 2**63),
+    ],
 )
 def test_prompts_that_no_daemon_takes_are_not_sent(directory: RunDirectory, text: str, at: int | None) -> None:
     with FakeDaemon(directory, applies_at_once) as daemon, Client(directory.path) as client:
@@ -230,10 +242,6 @@ def test_prompts_that_no_daemon_takes_are_not_sent(directory: RunDirectory, text
             client.prompt(text, at)
         assert client.status() == a_status(), "the connection still works"
         assert daemon.received == [StatusGet()]
-
-
-def serving(directory: RunDirectory) -> AbstractContextManager[FakeDaemon]:
-    return FakeDaemon(directory, applies_at_once)
 
 
 def test_asyncio_tasks_share_a_client(directory: RunDirectory) -> None:
@@ -250,7 +258,7 @@ def test_asyncio_tasks_share_a_client(directory: RunDirectory) -> None:
             assert await client.status() == a_status()
             assert (await client.stop(5)).frames == 480
 
-    with serving(directory):
+    with FakeDaemon(directory, applies_at_once):
         asyncio.run(all_of_them())
 
 
@@ -264,7 +272,7 @@ def test_asyncio_events_end_with_the_deadline_and_with_the_daemon(directory: Run
             await asyncio.to_thread(daemon.end)
             assert [event async for event in endless] == []
 
-    with serving(directory) as daemon:
+    with FakeDaemon(directory, applies_at_once) as daemon:
         asyncio.run(listen(daemon))
 
 
@@ -272,7 +280,7 @@ def test_asyncio_notices_refusal_silence_and_the_end(directory: RunDirectory) ->
     def script(command: Message) -> list[Message]:
         if isinstance(command, StatusGet):
             return []
-        return [Accepted(version=0)] if command.text == "wait" else [Rejected(code="busy", text="later")]  # type: ignore[attr-defined]
+        return [Accepted(version=0)] if command == PromptSet(text="wait") else [Rejected(code="busy", text="later")]
 
     async def ask(daemon: FakeDaemon) -> None:
         async with AsyncClient(directory.path, timeout_s=0.3) as client:

@@ -4,6 +4,7 @@ The one place that knows all stages; torch and the models are imported only wher
 output process stays without.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -197,7 +198,13 @@ class Assembly:
             self._local.put("latents", slots)
             return slots
         exporter = CudaRingExporter(
-            RealDriver(), device, ring="latents", epoch=self._headers["latents"].epoch, slots=ring.slots, spec=spec
+            RealDriver(),
+            device,
+            ring="latents",
+            epoch=self._headers["latents"].epoch,
+            slots=ring.slots,
+            spec=spec,
+            pid=os.getpid(),
         )
         self._stack.callback(exporter.close)
         to_daemon(exporter.message())

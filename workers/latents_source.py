@@ -3,6 +3,7 @@
 Knows memory only; which slot is ready is the header's business.
 """
 
+import os
 from typing import Protocol
 
 import torch
@@ -69,7 +70,9 @@ class ImportedSource:
 
     def __init__(self, driver: CudaDriver, header: SlotRing, ring: str, spec: TensorSpec, device: torch.device) -> None:
         self._header = header
-        self._importer = CudaRingImporter(driver, ring=ring, slots=header.slots, spec=spec, device=device)
+        self._importer = CudaRingImporter(
+            driver, ring=ring, slots=header.slots, spec=spec, device=device, pid=os.getpid()
+        )
 
     @property
     def is_open(self) -> bool:

@@ -66,9 +66,10 @@ def _start_log(spec: WorkerSpec) -> None:
 
 @dataclass
 class Running:
-    """One stage at work in this process."""
+    """One stage at work in this process; `loaded` once its imports are done."""
 
     name: StageName
+    loaded: bool = False
     progress: Progress = field(default_factory=Progress)
 
 
@@ -124,15 +125,16 @@ class Worker:
                 stage = assembly.build(name, running.progress.step)
                 try:
                     daemon.send(Loading(stage=name, text="loading"))
-                    self._prepare(stage, daemon)
+                    self._prepare(stage, running, daemon)
                     run_stage(stage, inbox, running.progress, self._stopped)
                 finally:
                     stage.close()
         finally:
             inbox.close()
 
-    def _prepare(self, stage: Stage, daemon: Outbox) -> None:
+    def _prepare(self, stage: Stage, running: Running, daemon: Outbox) -> None:
         stage.load()
+        running.loaded = True
         daemon.send(Loading(stage=stage.name, text="warming up"))
         block_ms = stage.warm_up()
         device = "cpu" if stage.name == "output" else self._config.stage(stage.name).device or "cpu"
@@ -154,7 +156,7 @@ class Worker:
                         progress=running.progress.count,
                         busy=running.progress.busy,
                         memory_bytes=resident_bytes(),
-                        device_memory_bytes=_device_bytes(),
+                        device_memory_bytes=_device_bytes() if running.loaded else 0,
                     )
                 )
         daemon.close()

@@ -6,7 +6,6 @@ would leave seams. Knows no blocks, prompts or sinks.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS, VaeConfig

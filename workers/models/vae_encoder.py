@@ -5,7 +5,6 @@ one. The runtime never encodes; training and quality evaluation do.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS, TEMPORAL_STRIDE, VaeConfig

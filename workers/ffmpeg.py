@@ -1,0 +1,160 @@
+"""ffmpeg as a child that eats raw frames: its command lines, its life, and its orderly end.
+
+A frame is rgb24, [H, W, 3] bytes. Files are fragmented MP4, playable up to the last fragment whatever happens;
+RTMP goes through the fifo muxer, so that a dead or frozen server never blocks us. No shell. Knows nothing of playout.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import imageio_ffmpeg
+
+from configs.schema import OutputConfig, VideoConfig
+from configs.targets import Target
+from ipc.errors import InputError
+
+GOP_SECONDS = 2
+LAST_LINES = 20
+TERM_S = 5.0
+"""How long ffmpeg may take to end after its one SIGTERM."""
+
+
+def find_ffmpeg(explicit: Path | None) -> Path:
+    """The program to run: the one asked for, else that of imageio-ffmpeg. Raises InputError if it does not work."""
+    if explicit is None:
+        try:
+            path = Path(imageio_ffmpeg.get_ffmpeg_exe())
+        except RuntimeError as error:
+            raise InputError("ffmpeg: none found; pass --ffmpeg PATH or install imageio-ffmpeg") from error
+    else:
+        path = explicit
+    try:
+        ran = subprocess.run([path, "-version"], capture_output=True, timeout=20, check=False, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"ffmpeg {path}: cannot be run ({error}); pass --ffmpeg PATH") from error
+    if ran.returncode != 0 or not ran.stdout.startswith(b"ffmpeg version"):
+        raise InputError(f"ffmpeg {path}: does not answer as ffmpeg does; pass --ffmpeg PATH")
+    return path
+
+
+def file_command(ffmpeg: Path, path: Path, video: VideoConfig, output: OutputConfig) -> list[str]:
+    """H.264 yuv420p in fragmented MP4 (ffmpeg's muxer page, `movflags`)."""
+    return [
+        *_reads_frames(ffmpeg, video),
+        *_h264(video),
+        *("-preset", "veryfast", "-crf", str(output.crf)),
+        *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
+        *("-f", "mp4", "-n", f"file:{path}"),
+    ]
+
+
+def rtmp_command(ffmpeg: Path, address: str, video: VideoConfig, output: OutputConfig) -> list[str]:
+    """H.264 yuv420p and silent AAC in FLV, through a queue that reconnects (ffmpeg's muxer page, `fifo`)."""
+    rate = f"{output.live_bitrate_kbit}k"
+    return [
+        *_reads_frames(ffmpeg, video),
+        *("-f", "lavfi", "-i", "anullsrc=channel_layout=stereo:sample_rate=44100"),
+        *("-map", "0:v", "-map", "1:a", "-shortest"),
+        *_h264(video),
+        *("-preset", "veryfast", "-tune", "zerolatency", "-b:v", rate, "-maxrate", rate, "-bufsize", rate),
+        *("-c:a", "aac", "-b:a", "96k", "-flags", "+global_header"),
+        *("-f", "fifo", "-fifo_format", "flv", "-format_opts", "flvflags=no_duration_filesize"),
+        *("-queue_size", "120", "-drop_pkts_on_overflow", "1"),
+        *("-attempt_recovery", "1", "-recover_any_error", "1", "-recovery_wait_time", "1"),
+        *("-restart_with_keyframe", "1", address),
+    ]
+
+
+def _reads_frames(ffmpeg: Path, video: VideoConfig) -> list[str]:
+    return [
+        *(str(ffmpeg), "-hide_banner", "-loglevel", "warning", "-nostats"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{video.width}x{video.height}"),
+        *("-framerate", str(video.fps), "-thread_queue_size", "64", "-i", "pipe:0"),
+    ]
+
+
+def _h264(video: VideoConfig) -> list[str]:
+    return [
+        *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-threads", "1"),
+        *("-g", str(GOP_SECONDS * video.fps), "-r", str(video.fps)),
+    ]
+
+
+class Ffmpeg:
+    """A running ffmpeg.
+
+    Args:
+        command: its arguments, the program first.
+        target: whose address is hidden in what it says.
+    """
+
+    def __init__(self, command: Sequence[str], target: Target) -> None:
+        self._target = target
+        self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            bufsize=0,
+        )
+        assert self._process.stdin is not None and self._process.stderr is not None
+        self._stdin = self._process.stdin
+        self._reader = threading.Thread(target=self._read, name="ffmpeg stderr", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def last_words(self) -> str:
+        """The last line it wrote, redacted."""
+        return self._lines[-1] if self._lines else ""
+
+    def write(self, frame: bytes) -> None:
+        """One whole frame; blocks while ffmpeg's input is full. Raises BrokenPipeError when it is gone."""
+        view = memoryview(frame)
+        while view:
+            view = view[os.write(self._stdin.fileno(), view) :]
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self, wait_s: float) -> int:
+        """Ends the input and waits that long; then one SIGTERM; then SIGKILL. The exit code."""
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        for patience_s, number in ((wait_s, signal.SIGTERM), (TERM_S, signal.SIGKILL)):
+            try:
+                return self._ended(self._process.wait(patience_s))
+            except subprocess.TimeoutExpired:
+                self._process.send_signal(number)
+        return self._ended(self._process.wait())
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._process.kill()
+        with suppress(BrokenPipeError):
+            self._stdin.close()
+        self._ended(self._process.wait())
+
+    def _ended(self, code: int) -> int:
+        self._reader.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+        return code
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for raw in self._process.stderr:
+            line = " ".join(raw.decode("utf-8", "replace").split())
+            if line:
+                self._lines.append(line.replace(self._target.text, self._target.redacted))
