@@ -8,7 +8,6 @@ Exit codes: 0 done; 1 refused, failed, or a prompt that did not take effect; 2 w
 """
 
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from pydantic import ValidationError
 
 from configs.load import as_yaml, load_config
 from configs.schema import RuntimeConfig
@@ -37,7 +37,6 @@ from orchestrator.progress import one_line, print_status, reporter_for_this_term
 from orchestrator.run_directory import RunDirectory, locate
 
 MOST = 2**63 - 1
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="Endless video with LongLive, steered by prompts while it plays.",
@@ -222,7 +221,10 @@ def show(config: ConfigOption = "pocket", overrides: SetOption = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code. With --debug errors keep their traceback."""
+    """Runs a command; the exit code. With --debug errors keep their traceback.
+
+    Typer itself turns Ctrl-C into 130, and ends quietly when whoever reads our output has enough.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = app(given, prog_name="orchestrator", standalone_mode=False)
@@ -230,21 +232,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in itertools.takewhile(lambda argument: argument.startswith("-"), given):
             raise
         return _fail(error)
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has enough; Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return code if isinstance(code, int) else 0
 
 
 def _fail(error: LongLiveError | typer.TyperException) -> int:
-    text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+    text = _usage_text(error) if isinstance(error, typer.TyperException) else str(error)
     if isinstance(error, Refused):
         text = f"rejected ({error.code}): {text}"
     typer.echo(f"error: {one_line(text)}", err=True)
     return error.exit_code if isinstance(error, UserError | typer.TyperException) else 1
+
+
+def _usage_text(error: typer.TyperException) -> str:
+    """Typer's text; where it hides the value that it did not like, with that value."""
+    text = error.format_message()
+    if not isinstance(error.__cause__, ValidationError):
+        return text
+    found = error.__cause__.errors()[0]["input"]
+    return f"{text.replace('Input should', 'should').replace('Value error, ', '').rstrip('.')}; found {found!r:.60}"
 
 
 def _help_without_command(context: typer.Context) -> None:
@@ -254,25 +259,25 @@ def _help_without_command(context: typer.Context) -> None:
 
 
 def _run(config: RuntimeConfig, plan: RunPlan, directory: RunDirectory) -> RunSummary:
-    from orchestrator import daemon
+    from orchestrator.daemon import run
 
     reporter = reporter_for_this_terminal()
     try:
         if plan.live and config.stream.most_blocks is not None and plan.blocks == config.stream.most_blocks:
             reporter.note(f"stream.rope is absolute: the stream ends after {plan.blocks} blocks")
-        return daemon.run(config, plan, directory, reporter)
+        return run(config, plan, directory, reporter)
     finally:
         reporter.close()
 
 
 def _finish(config: RuntimeConfig, summary: RunSummary) -> None:
     """Tells the result and ends with its exit code."""
-    fps = summary.frames / summary.wall_s if summary.wall_s > 0 else 0.0
-    block_ms = 1000 * summary.wall_s / summary.blocks if summary.blocks else 0.0
-    typer.echo(
-        f"{summary.frames} frames in {summary.blocks} blocks, {summary.wall_s:.1f} s:"
-        f" {fps:.1f} fps, {block_ms:.0f} ms a block, RTF {fps / config.video.fps:.2f}"
-    )
+    if summary.frames and summary.blocks and summary.wall_s > 0:
+        fps, block_ms = summary.frames / summary.wall_s, 1000 * summary.wall_s / summary.blocks
+        typer.echo(
+            f"{summary.frames} frames in {summary.blocks} blocks, {summary.wall_s:.1f} s:"
+            f" {fps:.1f} fps, {block_ms:.0f} ms a block, RTF {fps / config.video.fps:.2f}"
+        )
     if summary.frames_sha256:
         typer.echo(f"sha256 of the frames {summary.frames_sha256}")
     for file in summary.files:

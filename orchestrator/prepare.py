@@ -59,9 +59,9 @@ def prepare_config(options: RunOptions) -> RuntimeConfig:
             "output": config.output.model_copy(update=output),
         }
     )
-    for target in config.output.out:
-        check_target(parse_target(target))
     check_model_files(config)
+    for target in [parse_target(text) for text in config.output.out]:
+        check_target(target)
     return config
 
 

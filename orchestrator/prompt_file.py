@@ -13,7 +13,7 @@ from typing import Any
 from configs.schema import StreamConfig
 from ipc.errors import InputError, Refused
 from orchestrator.plan import ScheduledPrompt
-from orchestrator.session import check_text
+from orchestrator.session import MAX_PENDING, check_text
 
 
 def checked_prompt(text: str, where: str) -> str:
@@ -57,8 +57,10 @@ def schedule(
         blocks: length of the stream.
 
     Raises:
-        InputError: not one number for every switch, out of order, two in one block, or past the end.
+        InputError: not one number for every switch, out of order, two in one block, past the end, or too many.
     """
+    if len(prompts) > MAX_PENDING:
+        raise InputError(f"{len(prompts)} prompts, at most {MAX_PENDING} are taken")
     if switch_frames is None:
         if len(prompts) > blocks:
             raise InputError(f"{len(prompts)} prompts need at least {len(prompts)} blocks, found {blocks}")

@@ -130,6 +130,7 @@ def test_without_switch_frames_every_prompt_gets_a_fair_share(prompts: int, more
         (2, [240], 80, "past the last block 79"),
         (2, [238], 80, "past the last block 79"),
         (5, None, 4, "need at least 5 blocks, found 4"),
+        (1001, None, 2000, "at most 1000"),
     ],
 )
 def test_a_schedule_that_cannot_be_kept_is_refused(

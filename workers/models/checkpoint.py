@@ -1,12 +1,13 @@
 """From files to models: finds them, checks every tensor by name and shape, and puts each straight where it belongs.
 
 The files are those of Wan2.1-T2V-1.3B and LongLive-1.3B, by their own names. A model is built without memory first
-(meta device), then given one tensor at a time, so that no second full copy ever exists. Knows no process.
+(meta device), then given one tensor at a time, so that no second full copy ever exists. Transformers is imported only
+where text is read. Knows no process.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig, VaeConfig
 from ipc.errors import CheckpointError, ConfigError
 from workers.models.causal_conv import ConvKind
-from workers.models.prompt_text import Tokenizer, pocket_tokenizer
 from workers.models.random_weights import fill
 from workers.models.tensor_file import TensorFile, open_tensors
 from workers.models.transformer import CausalWanTransformer
-from workers.models.umt5 import TextEncoder, translation
 from workers.models.vae import VaeDecoder
 from workers.models.vae_encoder import VaeEncoder
+
+if TYPE_CHECKING:
+    from workers.models.prompt_text import Tokenizer
+    from workers.models.umt5 import TextEncoder
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
@@ -58,8 +61,10 @@ def load_vae_encoder(model: ModelConfig, device: torch.device, conv: ConvKind = 
     return _vae_part(encoder, model, device).prepare()
 
 
-def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
+def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder":
     """UMT5 in `model.text_dtype`. Raises CheckpointError, ConfigError."""
+    from workers.models.umt5 import TextEncoder, translation
+
     encoder = _on_meta(lambda: TextEncoder(model.text_encoder))
     dtype = getattr(torch, model.text_dtype)
     if model.path is None:
@@ -72,8 +77,10 @@ def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
     return _ready(encoder)
 
 
-def load_tokenizer(model: ModelConfig) -> Tokenizer:
+def load_tokenizer(model: ModelConfig) -> "Tokenizer":
     """The tokenizer beside the weights; without weights the embedded model's. Raises CheckpointError."""
+    from workers.models.prompt_text import Tokenizer, pocket_tokenizer
+
     if model.path is None:
         return pocket_tokenizer()
     return Tokenizer(find(model.path, model.files.tokenizer, "tokenizer"))
@@ -95,8 +102,10 @@ def shapes_of(module: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def text_encoder_shapes(encoder: TextEncoder) -> Shapes:
+def text_encoder_shapes(encoder: "TextEncoder") -> Shapes:
     """Names and shapes of the text encoder's file."""
+    from workers.models.umt5 import translation
+
     parameters = dict(encoder.model.named_parameters())
     return {ours: tuple(parameters[theirs].shape) for ours, theirs in translation(encoder.config.num_layers).items()}
 
