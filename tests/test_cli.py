@@ -353,11 +353,11 @@ def test_prompt_wait_tells_what_becomes_of_it(
 
 
 def test_a_rejected_prompt_is_an_error(run: Run, run_path: Path) -> None:
-    script = answering(Rejected(code="too_long", text="prompt: found 513 tokens"))
+    script = answering(Rejected(code="too_long", text="prompt: found\n\x1b[31m 513 tokens"))
     with RunDirectory.open(run_path) as directory, FakeDaemon(directory, script):
         code, out, err = run("prompt", "a fox", "--wait")
         assert (code, out) == (1, "accepted: version 3\n")
-        assert err == "error: rejected (too_long): prompt: found 513 tokens\n"
+        assert err == "error: rejected (too_long): prompt: found [31m 513 tokens\n"
         _check_error(run("prompt", " "), 1, ["rejected (empty)"])
 
 

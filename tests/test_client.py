@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 from fake_daemon import FakeDaemon, a_status
 
+from ipc.channel import Gateway
 from ipc.errors import NotRunning, ProtocolError, Refused
 from ipc.messages import (
     Accepted,
@@ -203,6 +205,19 @@ def test_a_frozen_daemon_is_said_after_the_deadline(directory: RunDirectory) -> 
             listener.listen(8)
         with pytest.raises(NotRunning, match=r"did not answer within 0\.2 s"):
             Client(directory.path, timeout_s=0.2)
+
+
+def test_a_client_is_connected_only_when_events_would_reach_it(directory: RunDirectory) -> None:
+    """Else the on-air event of its first prompt could pass before its subscription."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    gateway = Gateway(context, directory.address("control"))
+    with socket.socket(socket.AF_UNIX) as events:
+        events.bind(str(directory.path / "events.sock"))
+        events.listen(8)
+        with pytest.raises(NotRunning, match="did not answer"):
+            Client(directory.path, timeout_s=0.2)
+    gateway.close()
+    context.term()
 
 
 def test_a_silent_daemon_is_said_after_the_deadline(directory: RunDirectory) -> None:

@@ -6,7 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +17,13 @@ from orchestrator.run_directory import RunDirectory, locate
 
 HOLD = "import sys; from pathlib import Path; from orchestrator.run_directory import RunDirectory as R\n"
 HOLD += "with R.open(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+HOLD_WITH_CHILD = "import subprocess, sys, time; from pathlib import Path\n"
+HOLD_WITH_CHILD += "from orchestrator.run_directory import RunDirectory as R\n"
+HOLD_WITH_CHILD += """
+with R.open(Path(sys.argv[1])):
+    print(subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL).pid, flush=True)
+    time.sleep(60)
+"""
 RACE = "import sys; from pathlib import Path; from ipc.errors import AlreadyRunning\n"
 RACE += "from orchestrator.run_directory import RunDirectory as R\n"
 RACE += """
@@ -110,18 +117,20 @@ def test_processes_that_open_and_close_at_once_are_never_in_together(path: Path,
     assert not path.exists() or list(path.iterdir()) == []
 
 
-def test_children_do_not_inherit_the_lock(path: Path) -> None:
-    """An ffmpeg or a worker that outlives the daemon must not keep the next one out."""
-    with subprocess.Popen(["sleep", "60"], close_fds=False) as before:
-        directory = RunDirectory.open(path)
-        with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
-            directory.close()
-            try:
-                with RunDirectory.open(path):
-                    pass
-            finally:
-                child.kill()
-                before.kill()
+def test_a_child_that_outlives_a_killed_daemon_does_not_keep_the_next_one_out(path: Path) -> None:
+    """An ffmpeg or a worker may live on for a moment; a lock it had inherited would live on with it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_WITH_CHILD, str(path)], stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        child = int(first.stdout.readline())
+        first.kill()
+        first.wait()
+        try:
+            with RunDirectory.open(path):
+                os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_it_is_private(path: Path) -> None:
@@ -174,8 +183,7 @@ WRONG = [open_to_others, a_link, a_file, below_a_file, a_foreign_owner, a_linked
 
 
 @pytest.mark.parametrize("spoil", WRONG, ids=lambda spoil: spoil.__name__)
-def test_a_directory_that_cannot_be_trusted_is_refused(path: Path, spoil: object) -> None:
-    assert callable(spoil)
+def test_a_directory_that_cannot_be_trusted_is_refused(path: Path, spoil: Callable[[Path], str]) -> None:
     if spoil is a_foreign_owner and os.getuid() != 0:
         pytest.skip("only root can give a directory away")
     expected = spoil(path)
