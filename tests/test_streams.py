@@ -1,0 +1,123 @@
+"""Streams through the function that the denoiser process calls: golden, endless, and against an oracle."""
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import cases, load, relative_error
+from stream_case import SMALL, case_rollout, embeds, oracle, play, tiny_transformer
+
+from configs.schema import StreamConfig
+from workers.models.denoise import LatentHistory, Rollout
+from workers.models.noise import DrawnNoise
+
+STREAMS = cases("stream")
+
+
+def case_id(path: Path) -> str:
+    return f"golden-{path.name}-plain"
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=case_id)
+def test_stream_equals_the_reference(path: Path, tmp_path: Path) -> None:
+    """Every clean latent of a stream, with its switches and its LoRA."""
+    case = load(path)
+    rollout = case_rollout(case, tmp_path / "model")
+    torch.testing.assert_close(
+        torch.tensor(rollout.schedule.steps), case.tensors["denoising_steps"].float(), rtol=1e-6, atol=1e-3
+    )
+    assert relative_error(play(case, rollout), case.tensors["latents"]) <= 1e-4
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=case_id)
+def test_single_pass_equals_the_reference(path: Path, tmp_path: Path) -> None:
+    """Flow and clean latent of one pass over the first block with an empty cache."""
+    case = load(path)
+    rollout = case_rollout(case, tmp_path / "model")
+    rollout.switch(case.tensors["prompt_embeds"][:1])
+    timestep = float(case.tensors["single/timestep"].flatten()[0])
+    noise = case.tensors["noise"][:, : rollout.shape[0]]
+    with torch.inference_mode():
+        flow = rollout.model(noise, timestep, rollout.prompt, rollout.cache, rollout.layout.denoise(0, 0))
+    assert relative_error(flow, case.tensors["single/flow"]) <= 1e-4
+    assert relative_error(rollout.schedule.clean(noise, flow, timestep), case.tensors["single/x0"]) <= 1e-4
+
+
+@pytest.mark.parametrize("path", [p for p in STREAMS if load(p).config["rope"] == "relative"], ids=case_id)
+def test_relative_stream_does_not_depend_on_where_it_begins(path: Path, tmp_path: Path) -> None:
+    """At latent frame 3,000,000 the reference's latents come out as at 0."""
+    case = load(path)
+    far = play(case, case_rollout(case, tmp_path / "model", first_position=3_000_000))
+    assert relative_error(far, case.tensors["latents"]) <= 1e-4
+
+
+def test_endless_stream_stays_finite_and_memory_flat() -> None:
+    """2,000 latent frames: everything is finite (or NonFiniteLatents is raised) and nothing accumulates."""
+    stream = StreamConfig(rope="relative")
+    rollout = Rollout(tiny_transformer(), stream, SMALL)
+    rollout.switch(embeds(0))
+    noise = DrawnNoise(0, rollout.shape)
+    for _ in range(100):
+        rollout.denoise_block(noise)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(100, 667):
+        latents = rollout.denoise_block(noise)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert rollout.block * stream.frames_per_block >= 2000
+    assert 0.01 < float(latents.std()) < 100
+    assert grown_kib < 8 * 1024
+
+
+GEOMETRIES = {
+    "defaults": {},
+    "absolute": {"rope": "absolute"},
+    "no sink": {"sink": 0},
+    "wide sink": {"sink": 6, "window": 15},
+    "short window": {"window": 6},
+    "window of sink and block": {"window": 9, "sink": 6},
+    "blocks of two": {"frames_per_block": 2, "window": 8, "sink": 2},
+    "blocks of one": {"frames_per_block": 1, "window": 5, "sink": 2},
+    "two steps": {"steps": (1000, 500)},
+    "one step": {"steps": (1000,)},
+    "steps not warped": {"warp_steps": False, "steps": (999, 600)},
+    "context noise": {"context_noise": 128},
+    "sink re-anchored": {"global_sink": False},
+    "sink re-anchored, absolute": {"global_sink": False, "rope": "absolute"},
+    "far": {"first_position": 3_000_000},
+}
+
+
+@pytest.mark.parametrize("switches", [(), (2,), (4, 5), (5, 9), (9,)], ids=str)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_any_geometry_equals_the_oracle(name: str, switches: tuple[int, ...]) -> None:
+    """Slots, rings and kept rotations give what a plain list of all keys gives."""
+    stream = StreamConfig(**{"rope": "relative", **GEOMETRIES[name]})
+    model = tiny_transformer()
+    rollout = Rollout(model, stream, SMALL)
+    noise = DrawnNoise(3, rollout.shape)
+    prompts = {block: embeds(block) for block in (0, *switches)}
+    made = []
+    for block in range(12):
+        if block in prompts:
+            rollout.switch(prompts[block])
+        made.append(rollout.denoise_block(noise))
+    expected = oracle(model, stream, SMALL, noise, prompts, 12)
+    assert relative_error(torch.cat(made, 1), expected) <= 1e-4
+
+
+@pytest.mark.parametrize("block", [2, 4, 7])
+def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int) -> None:
+    """What a restarted denoiser makes of the retained latents is the `global_sink: false` path to the same prompt."""
+    model = tiny_transformer()
+    stream = StreamConfig(rope="relative", global_sink=False)
+    living = Rollout(model, stream, SMALL)
+    noise = DrawnNoise(5, living.shape)
+    living.switch(embeds(0))
+    for _ in range(block):
+        living.denoise_block(noise)
+    restarted = Rollout(model, stream, SMALL, history=LatentHistory(living.history.buffer.clone()))
+    restarted.resume(block, embeds(0))
+    living.switch(embeds(0))
+    for _ in range(6):
+        assert relative_error(restarted.denoise_block(noise), living.denoise_block(noise)) <= 1e-5
