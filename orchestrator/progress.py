@@ -57,7 +57,7 @@ class PlainReporter:
 
     def frames(self, done: int, total: int | None, fps: float) -> None:
         """A line every few seconds and one at the end of a run that has one; an endless run has `status` for that."""
-        if total is None or done == self._told_frames:
+        if total is None or done in (0, self._told_frames):
             return
         if done < total and self._clock() - self._told_at < PLAIN_INTERVAL_S:
             return
@@ -79,10 +79,14 @@ class TerminalReporter:
         self._console = console
         self._stages: dict[str, TaskID] = {}
         self._counting: TaskID | None = None
+        self._is_up = False
         self._progress = self._loading_display()
 
     def loading(self, stage: str, text: str) -> None:
-        """The stage's line; `ready` stops its spinner."""
+        """The stage's line; `ready` stops its spinner. A stage that starts again while the run is up is a note."""
+        if self._is_up:
+            self.note(f"{stage}: {text}")
+            return
         self._progress.start()
         if stage not in self._stages:
             self._stages[stage] = self._progress.add_task(stage, total=1, text="")
@@ -95,13 +99,17 @@ class TerminalReporter:
         typer.echo(line)
         sys.stdout.flush()
         self._progress = self._frames_display()
+        self._counting = None
+        self._is_up = True
 
     def note(self, text: str) -> None:
         """A line above the live ones."""
         self._progress.console.print(escape(text), highlight=False, soft_wrap=True)
 
     def frames(self, done: int, total: int | None, fps: float) -> None:
-        """The counting line."""
+        """The counting line, once the run is up."""
+        if not self._is_up:
+            return
         if self._counting is None:
             self._progress.start()
             self._counting = self._progress.add_task("frames", total=total, text="")
@@ -161,7 +169,9 @@ def _overview(status: Status) -> Table:
         "memory": f"{_mib(status.memory_bytes)}, on devices {_mib(status.device_memory_bytes)}",
     }
     if status.abstract_picture:
-        rows["picture"] = "abstract: the weights are random, a prompt shows in it but is not what it says"
+        rows["picture"] = (
+            "abstract: the weights are random; prompts change the picture, which does not show what they say"
+        )
     if status.last_error is not None:
         rows["last error"] = status.last_error
     for name, value in rows.items():

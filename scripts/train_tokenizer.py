@@ -39,7 +39,14 @@ MOTIONS = (
     "turning",
     "spinning fast",
 )
-GROUNDS = ("background", "ground", "plain background", "striped background", "checkered background", "dotted background")
+GROUNDS = (
+    "background",
+    "ground",
+    "plain background",
+    "striped background",
+    "checkered background",
+    "dotted background",
+)
 TONES = ("", "dark", "light", "bright", "pale")
 PROSE = (
     "the scene shows an object in front of a wall while the camera follows it",

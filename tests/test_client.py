@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -209,15 +210,15 @@ def test_a_frozen_daemon_is_said_after_the_deadline(directory: RunDirectory) -> 
 
 def test_a_client_is_connected_only_when_events_would_reach_it(directory: RunDirectory) -> None:
     """Else the on-air event of its first prompt could pass before its subscription."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    gateway = Gateway(context, directory.address("control"))
-    with socket.socket(socket.AF_UNIX) as events:
+    with (
+        zmq.Context() as context,
+        closing(Gateway(context, directory.address("control"))),
+        socket.socket(socket.AF_UNIX) as events,
+    ):
         events.bind(str(directory.path / "events.sock"))
         events.listen(8)
-        with pytest.raises(NotRunning, match="did not answer"):
-            Client(directory.path, timeout_s=0.2)
-    gateway.close()
-    context.term()
+        with pytest.raises(NotRunning, match="did not answer"), Client(directory.path, timeout_s=0.2):
+            pass
 
 
 def test_a_silent_daemon_is_said_after_the_deadline(directory: RunDirectory) -> None:

@@ -1,0 +1,88 @@
+"""Writes a set of model files under the published names, at a configuration's widths, with random weights.
+
+    .venv/bin/python scripts/write_checkpoint.py --config pocket --out DIR
+    .venv/bin/orchestrator start --config pocket --set model.path=DIR
+
+For trying the loaders without the published weights, and as an example of what they expect. With a LoRA:
+`--set model.lora.rank=4 --set model.lora.alpha=4`.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.load import load_config
+from configs.schema import ModelConfig
+from workers.models.checkpoint import shapes_of, text_encoder_shapes, vae_shapes
+from workers.models.lora import lora_shapes
+from workers.models.prompt_text import ASSETS
+from workers.models.random_weights import draw
+from workers.models.transformer import CausalWanTransformer
+from workers.models.umt5 import TextEncoder
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def drawn(shapes: Shapes, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tensors of the given names and shapes."""
+    return {name: draw(name, torch.Size(shape), seed).to(dtype) for name, shape in shapes.items()}
+
+
+def write(model: ModelConfig, out: Path, *, seed: int, rank: int, dtype: torch.dtype, sharded: bool) -> None:
+    """Writes transformer (three ways), LoRA, VAE, text encoder and tokenizer below `out`."""
+    wan, longlive = out / "Wan2.1-T2V-1.3B", out / "longlive_models" / "models"
+    for folder in (wan / "google", longlive):
+        folder.mkdir(parents=True, exist_ok=True)
+    with torch.device("meta"):
+        transformer, encoder = CausalWanTransformer(model.transformer), TextEncoder(model.text_encoder)
+    base = drawn(shapes_of(transformer), seed, dtype)
+    generator = {f"model.{name}": tensor for name, tensor in base.items()}
+    averaged = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in base.items()}
+    torch.save({"generator": generator, "generator_ema": averaged}, longlive / "longlive_base.pt")
+    torch.save({"generator_lora": drawn(lora_shapes(transformer, rank), seed, dtype)}, longlive / "lora.pt")
+    torch.save(drawn(vae_shapes(model.vae), seed, dtype), wan / "Wan2.1_VAE.pth")
+    torch.save(drawn(text_encoder_shapes(encoder), seed, dtype), wan / "models_t5_umt5-xxl-enc-bf16.pth")
+    if sharded:
+        write_shards(base, wan)
+    else:
+        save_file(base, wan / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(ASSETS / "pocket" / "tokenizer", wan / "google" / "umt5-xxl", dirs_exist_ok=True)
+
+
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, shards: int = 2) -> None:
+    """Writes safetensors shards and their index."""
+    names = sorted(tensors)
+    size = -(-len(names) // shards)
+    where: dict[str, str] = {}
+    for number in range(shards):
+        part = names[number * size : (number + 1) * size]
+        file = f"diffusion_pytorch_model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Writes random model files under the published names.")
+    parser.add_argument("--config", default="pocket")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--sharded", action="store_true", help="the base transformer as two safetensors shards")
+    given = parser.parse_args()
+    model = load_config(given.config).model
+    dtype = getattr(torch, given.dtype)
+    write(model, given.out, seed=given.seed, rank=given.rank, dtype=dtype, sharded=given.sharded)
+
+
+if __name__ == "__main__":
+    main()
