@@ -4,10 +4,12 @@ A memfd has no name in any file system, so nothing is left behind however its us
 bytes only.
 """
 
+import errno
 import fcntl
 import mmap
 import os
 from contextlib import suppress
+from pathlib import Path
 
 from ipc.errors import RingError
 
@@ -35,8 +37,11 @@ class SharedMemory:
             name: for /proc/PID/maps only.
 
         Raises:
-            OSError: there is not that much memory.
+            OSError: there is not that much memory. Asked first, because the kernel would rather kill somebody than
+                refuse an allocation that is too large for the machine.
         """
+        if nbytes > available_bytes():
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.posix_fallocate(fd, 0, nbytes)
@@ -64,3 +69,12 @@ class SharedMemory:
             self._map.close()
         os.close(self.fd)
         self.fd = -1
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping (proc(5), MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise RingError("/proc/meminfo: found no MemAvailable, expected a Linux kernel of 3.14 or newer")

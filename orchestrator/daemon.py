@@ -282,7 +282,13 @@ class Daemon:
             if sink.state not in {old.state for old in self._sinks if old.target == sink.target}:
                 self._desk.publish(SinkChanged(sink=sink))
         self._sinks = report.sinks
-        self._reporter.frames(report.frames, self._plan.frames, report.fps)
+        self._reporter.frames(report.frames, self._total_frames, report.fps)
+
+    @property
+    def _total_frames(self) -> int | None:
+        if self._plan.frames is not None or self._plan.blocks is None:
+            return self._plan.frames
+        return self._config.stream.first_frame(self._plan.blocks)
 
     # Workers
 
@@ -300,6 +306,10 @@ class Daemon:
         self._up_ns = self._clock()
         self._enter(Phase.RUNNING, "generating")
         self._reporter.up(self._telemetry.up_line(resident_bytes()))
+        if self._telemetry.abstract_picture:
+            self._reporter.note(
+                "weights are random: the picture is abstract, a prompt changes it but does not describe it"
+            )
         self._send("denoiser", Begin(block=0))
 
     def _carry_on(self, stage: StageName) -> None:

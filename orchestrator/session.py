@@ -15,8 +15,8 @@ MAX_PENDING = 1000
 """Prompts that may wait for their block at one time."""
 MAX_REMEMBERED = 4096
 """Answered commands whose answers are kept, so that a repeated id has no second effect."""
-MAX_CHARACTERS = 20_000
-"""Longest text worth tokenizing: more than 512 tokens in any script, cleaned in milliseconds."""
+MAX_CHARACTERS = 16_000
+"""Longest text worth tokenizing: more than 512 tokens in any script, and in any encoding below the wire's 64 KiB."""
 
 
 def check_text(text: str) -> None:

@@ -134,6 +134,11 @@ class Telemetry:
         return " · ".join(parts)
 
     @property
+    def abstract_picture(self) -> bool:
+        """Whether the weights are random."""
+        return self._config.model.path is None and self._config.model.random_weights
+
+    @property
     def _block_frames(self) -> int:
         return self._config.stream.frames_in(1)
 
@@ -165,7 +170,7 @@ class Telemetry:
             device_memory_bytes=self.device_memory_bytes,
             uptime_s=(now_ns - self._started_ns) / NS,
             first_frame_s=None if first is None else (first - self._started_ns) / NS,
-            abstract_picture=config.model.path is None and config.model.random_weights,
+            abstract_picture=self.abstract_picture,
             stages={name: record.status() for name, record in self.stages.items()},
             sinks=self.sinks,
             last_error=self.last_error,

@@ -57,5 +57,5 @@ def test_given_noise_is_handed_out_by_block_and_step() -> None:
     ],
 )
 def test_given_noise_of_other_shapes_is_refused(noise: tuple[int, ...], renoise: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="found .* expected"):
+    with pytest.raises(InputError, match=r"found .* expected"):
         GivenNoise(torch.zeros(noise), torch.zeros(renoise), SHAPE, steps=4)
