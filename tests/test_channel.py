@@ -1,0 +1,124 @@
+"""Channels deliver, survive a receiver's restart, and never block who sends."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from command import until
+
+from ipc.channel import MAX_IPC_PATH, Gateway, Inbox, Outbox, Publisher, endpoint, remove_stale_socket
+from ipc.codec import Codec
+from ipc.errors import ConfigError, ProtocolError
+from ipc.messages import Begin, Credit, Drain, StateChanged
+
+TYPES = (Credit, Drain)
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+def test_messages_arrive_in_order(context: zmq.Context, tmp_path: Path) -> None:
+    inbox = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    for block in range(100):
+        assert outbox.send(Credit(block=block))
+    assert [inbox.recv(5) for _ in range(100)] == [Credit(block=block) for block in range(100)]
+    assert inbox.recv(0) is None
+    assert list(inbox.drain()) == []
+
+
+def test_a_receiver_may_come_later_and_come_back(context: zmq.Context, tmp_path: Path) -> None:
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    outbox.send(Credit(block=1))
+    first = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    assert first.recv(10) == Credit(block=1)
+    first.close()
+    again = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    received = []
+
+    def arrives() -> bool:
+        outbox.send(Drain())
+        received.extend(again.drain())
+        return bool(received)
+
+    until(arrives, 20)
+
+
+def test_sending_to_nobody_never_blocks(context: zmq.Context, tmp_path: Path) -> None:
+    """What finds no room is dropped and said: the rings' headers decide, messages only wake."""
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    results = [outbox.send(Drain()) for _ in range(6000)]
+    assert results[0]
+    assert not results[-1]
+
+
+def test_threads_may_share_an_outbox(context: zmq.Context, tmp_path: Path) -> None:
+    inbox = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    threads = [threading.Thread(target=lambda: [outbox.send(Credit(block=7)) for _ in range(300)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [inbox.recv(5) for _ in range(1200)] == [Credit(block=7)] * 1200
+
+
+def test_a_message_of_another_table_is_refused(context: zmq.Context, tmp_path: Path) -> None:
+    inbox = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    outbox.send(Begin(block=0))
+    with pytest.raises(ProtocolError, match="unknown message type"):
+        inbox.recv(5)
+
+
+def test_the_gateway_answers_each_peer(context: zmq.Context, tmp_path: Path) -> None:
+    """Also when another peer is gone, or sends something that is no request."""
+    gateway = Gateway(context, endpoint(tmp_path, "g"))
+    peers = [context.socket(zmq.DEALER) for _ in range(3)]
+    for number, peer in enumerate(peers):
+        peer.connect(endpoint(tmp_path, "g"))
+        peer.send_multipart([b"a", b"b", b"c"])
+        peer.send(str(number).encode())
+    requests: list[tuple[bytes, bytes]] = []
+    until(lambda: gateway.drain(lambda *request: requests.append(request)) or len(requests) == 3, 10)
+    peers[0].close(linger=0)
+    for peer, data in requests:
+        gateway.send(peer, b"re " + data)
+    gateway.send(b"never seen", b"x")
+    for number in (1, 2):
+        assert peers[number].poll(5000)
+        assert peers[number].recv() == f"re {number}".encode()
+
+
+def test_events_reach_who_listens(context: zmq.Context, tmp_path: Path) -> None:
+    publisher = Publisher(context, endpoint(tmp_path, "e"))
+    listener = context.socket(zmq.SUB)
+    listener.subscribe(b"")
+    listener.connect(endpoint(tmp_path, "e"))
+    event = StateChanged(state="running", text="x")
+    until(lambda: publisher.send(event) or listener.poll(20), 10)
+    assert Codec([StateChanged]).decode(listener.recv()) == event
+
+
+def test_too_long_a_path_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"at most {MAX_IPC_PATH}"):
+        endpoint(tmp_path / ("x" * 100), "control")
+
+
+def test_only_sockets_are_removed(context: zmq.Context, tmp_path: Path) -> None:
+    foreign = tmp_path / "a.sock"
+    foreign.write_text("mine")
+    with pytest.raises(ConfigError, match="found another file"):
+        remove_stale_socket(foreign)
+    assert foreign.read_text() == "mine"
+    inbox = Inbox(context, endpoint(tmp_path, "b"), TYPES)
+    remove_stale_socket(tmp_path / "b.sock")
+    remove_stale_socket(tmp_path / "never.sock")
+    assert not (tmp_path / "b.sock").exists()
+    inbox.close()

@@ -1,0 +1,98 @@
+"""Whatever bytes come, decoding ends in a message or in ProtocolError."""
+
+import random
+
+import msgpack
+import pytest
+
+from ipc.codec import MAX_BYTES, Codec, pack_envelope, packed, unpack_envelope
+from ipc.errors import ProtocolError
+from ipc.messages import COMMANDS, PROTOCOL_VERSION, PromptSet, StatusGet
+
+GOOD = Codec(()).encode(PromptSet(text="a red circle", at=3))
+CODEC = Codec(COMMANDS)
+
+
+def test_every_prefix_is_refused() -> None:
+    for length in range(len(GOOD)):
+        with pytest.raises(ProtocolError):
+            CODEC.decode(GOOD[:length])
+    assert CODEC.decode(GOOD) == PromptSet(text="a red circle", at=3)
+
+
+def test_random_bytes_are_refused() -> None:
+    generator = random.Random(0)
+    for _ in range(5000):
+        data = generator.randbytes(generator.randrange(200))
+        with pytest.raises(ProtocolError):
+            CODEC.decode(data)
+        with pytest.raises(ProtocolError):
+            unpack_envelope(data)
+
+
+def test_damaged_messages_never_raise_anything_else() -> None:
+    generator = random.Random(1)
+    for _ in range(5000):
+        data = bytearray(GOOD)
+        data[generator.randrange(len(data))] = generator.randrange(256)
+        try:
+            CODEC.decode(bytes(data))
+        except ProtocolError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x91" * 5000,
+        packed({"type": "status.get", "body": [[[[[[]]]]]]}),
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        msgpack.packb({"type": "status.get", "body": msgpack.ExtType(5, b"x")}),
+        msgpack.packb({1: 2}),
+        msgpack.packb({"type": "status.get", "body": {}, "more": 1}),
+        msgpack.packb({"type": ["status.get"], "body": {}}),
+        msgpack.packb({"type": "credit", "body": {"block": 1}}),
+        msgpack.packb("text"),
+        bytes(MAX_BYTES + 1),
+        b"\x82\xa4type\xaastatus.get\xa4body\xa1\xff",
+    ],
+    ids=[
+        "deep",
+        "list body",
+        "endless map",
+        "endless bytes",
+        "extension",
+        "number keys",
+        "further key",
+        "list type",
+        "type of another table",
+        "no map",
+        "too long",
+        "not UTF-8",
+    ],
+)
+def test_hostile_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        CODEC.decode(data)
+    assert len(str(caught.value)) < 500
+
+
+def test_an_error_does_not_repeat_the_payload() -> None:
+    with pytest.raises(ProtocolError) as caught:
+        CODEC.decode(packed({"type": "prompt.set", "body": {"text": 1, "secret": "rtmp://key"}}))
+    assert "rtmp" not in str(caught.value)
+
+
+def test_envelope_round_trip() -> None:
+    envelope = unpack_envelope(pack_envelope(PROTOCOL_VERSION, "id-1", StatusGet()))
+    assert (envelope.v, envelope.id, envelope.type, envelope.body) == (PROTOCOL_VERSION, "id-1", "status.get", {})
+
+
+@pytest.mark.parametrize(
+    "change", [{"id": ""}, {"id": "x" * 65}, {"v": "1"}, {"type": ""}, {"body": None}, {"more": 1}]
+)
+def test_bad_envelopes_are_refused(change: dict) -> None:
+    good = {"v": 1, "id": "a", "type": "status.get", "body": {}}
+    with pytest.raises(ProtocolError):
+        unpack_envelope(packed(good | change))
