@@ -139,8 +139,12 @@ class Ffmpeg:
                 self._process.send_signal(number)
         return self._ended(self._process.wait())
 
+    def stop(self) -> None:
+        """Makes it end at once, so that whoever writes to it gets BrokenPipeError; may be called from any thread."""
+        self._process.kill()
+
     def kill(self) -> None:
-        """Ends it at once."""
+        """Ends it at once and waits; by the thread that writes. A second call does nothing more."""
         self._process.kill()
         with suppress(BrokenPipeError):
             self._stdin.close()

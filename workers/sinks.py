@@ -133,7 +133,7 @@ class FfmpegSink:
 
     def abort(self) -> None:
         self._abort.set()
-        self._ffmpeg.kill()
+        self._ffmpeg.stop()
         self.finish()
 
     def status(self) -> SinkStatus:
@@ -183,6 +183,7 @@ class FfmpegSink:
 
     def _close(self) -> None:
         if self._state == "failed" or self._abort.is_set():
+            self._ffmpeg.kill()
             return
         code = self._ffmpeg.close(self._close_s)
         if code != 0 and self._target.kind == "file":
