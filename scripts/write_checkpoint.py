@@ -2,9 +2,10 @@
 
     .venv/bin/python scripts/write_checkpoint.py --config pocket --out DIR
     .venv/bin/orchestrator start --config pocket --set model.path=DIR
+    .venv/bin/orchestrator start --config DIR/config.yaml
 
-For trying the loaders without the published weights, and as an example of what they expect. With a LoRA:
-`--set model.lora.rank=4 --set model.lora.alpha=4`.
+For trying the loaders without the published weights, and as an example of what they expect. The configuration in the
+folder merges the LoRA too; with another one, `--set model.lora.rank=4 --set model.lora.alpha=4` does.
 """
 
 import argparse
@@ -17,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from configs.load import load_config
-from configs.schema import ModelConfig
+from configs.load import as_yaml, load_config
+from configs.schema import LoraConfig, ModelConfig, RuntimeConfig
 from workers.models.checkpoint import shapes_of, text_encoder_shapes, vae_shapes
 from workers.models.lora import lora_shapes
-from workers.models.prompt_text import ASSETS
+from workers.models.prompt_text import POCKET_TOKENIZER
 from workers.models.random_weights import draw
 from workers.models.transformer import CausalWanTransformer
 from workers.models.umt5 import TextEncoder
@@ -34,25 +35,47 @@ def drawn(shapes: Shapes, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: draw(name, torch.Size(shape), seed).to(dtype) for name, shape in shapes.items()}
 
 
-def write(model: ModelConfig, out: Path, *, seed: int, rank: int, dtype: torch.dtype, sharded: bool) -> None:
-    """Writes transformer (three ways), LoRA, VAE, text encoder and tokenizer below `out`."""
+def write(
+    model: ModelConfig,
+    out: Path,
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    dtype: torch.dtype = torch.float32,
+    sharded: bool = False,
+    bare: bool = False,
+) -> None:
+    """Writes transformer (three ways), LoRA, VAE, text encoder and tokenizer below `out`.
+
+    Args:
+        seed: the files hold what `model.random_weights_seed` of the same number draws.
+        sharded: the safetensors file in two, with an index.
+        bare: transformer and LoRA as dicts of tensors, without the keys LongLive wraps them in.
+    """
     wan, longlive = out / "Wan2.1-T2V-1.3B", out / "longlive_models" / "models"
     for folder in (wan / "google", longlive):
         folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         transformer, encoder = CausalWanTransformer(model.transformer), TextEncoder(model.text_encoder)
     base = drawn(shapes_of(transformer), seed, dtype)
-    generator = {f"model.{name}": tensor for name, tensor in base.items()}
-    averaged = {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in base.items()}
-    torch.save({"generator": generator, "generator_ema": averaged}, longlive / "longlive_base.pt")
-    torch.save({"generator_lora": drawn(lora_shapes(transformer, rank), seed, dtype)}, longlive / "lora.pt")
+    lora = drawn(lora_shapes(transformer, rank), seed, dtype)
+    torch.save(base if bare else wrapped(base), longlive / "longlive_base.pt")
+    torch.save(lora if bare else {"generator_lora": lora}, longlive / "lora.pt")
     torch.save(drawn(vae_shapes(model.vae), seed, dtype), wan / "Wan2.1_VAE.pth")
     torch.save(drawn(text_encoder_shapes(encoder), seed, dtype), wan / "models_t5_umt5-xxl-enc-bf16.pth")
     if sharded:
         write_shards(base, wan)
     else:
         save_file(base, wan / "diffusion_pytorch_model.safetensors")
-    shutil.copytree(ASSETS / "pocket" / "tokenizer", wan / "google" / "umt5-xxl", dirs_exist_ok=True)
+    shutil.copytree(POCKET_TOKENIZER, wan / "google" / "umt5-xxl", dirs_exist_ok=True)
+
+
+def wrapped(base: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """As in longlive_base.pt: the trained weights, and their average with the names that sharded training gives."""
+    return {
+        "generator": {f"model.{name}": tensor for name, tensor in base.items()},
+        "generator_ema": {f"model._fsdp_wrapped_module.{name}": tensor for name, tensor in base.items()},
+    }
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, shards: int = 2) -> None:
@@ -69,19 +92,35 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shards: int = 2) -
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
+def write_config(config: RuntimeConfig, out: Path, rank: int) -> None:
+    """The same configuration, with the folder's files and its LoRA."""
+    files = {"path": out.absolute(), "random_weights": False, "lora": LoraConfig(rank=rank, alpha=rank)}
+    model = config.model.model_copy(update=files)
+    (out / "config.yaml").write_text(as_yaml(config.model_copy(update={"model": model})), encoding="utf-8")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Writes random model files under the published names.")
-    parser.add_argument("--config", default="pocket")
+    parser.add_argument("--config", default="pocket", help="shipped name or YAML file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--sharded", action="store_true", help="the base transformer as two safetensors shards")
+    parser.add_argument("--bare", action="store_true", help="no generator and generator_lora around the tensors")
     given = parser.parse_args()
-    model = load_config(given.config).model
-    dtype = getattr(torch, given.dtype)
-    write(model, given.out, seed=given.seed, rank=given.rank, dtype=dtype, sharded=given.sharded)
+    config = load_config(given.config)
+    write(
+        config.model,
+        given.out,
+        seed=given.seed,
+        rank=given.rank,
+        dtype=getattr(torch, given.dtype),
+        sharded=given.sharded,
+        bare=given.bare,
+    )
+    write_config(config, given.out, given.rank)
 
 
 if __name__ == "__main__":

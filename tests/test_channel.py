@@ -1,6 +1,8 @@
 """Channels deliver, survive a receiver's restart, and never block who sends."""
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import zmq
 from command import until
 
 from ipc.channel import MAX_IPC_PATH, Gateway, Inbox, Outbox, Publisher, endpoint, remove_stale_socket
-from ipc.codec import Codec
+from ipc.codec import MAX_BYTES, Codec
 from ipc.errors import ConfigError, ProtocolError
 from ipc.messages import Begin, Credit, Drain, StateChanged
 
@@ -94,6 +96,90 @@ def test_the_gateway_answers_each_peer(context: zmq.Context, tmp_path: Path) -> 
     for number in (1, 2):
         assert peers[number].poll(5000)
         assert peers[number].recv() == f"re {number}".encode()
+
+
+def test_a_client_that_never_reads_delays_nobody(context: zmq.Context, tmp_path: Path) -> None:
+    """Its replies are lost once its queue is full; sending to it returns at once, and others get theirs."""
+    gateway = Gateway(context, endpoint(tmp_path, "g"))
+    silent, reader = context.socket(zmq.DEALER), context.socket(zmq.DEALER)
+    silent.setsockopt(zmq.RCVHWM, 1)
+    for name, peer in (("silent", silent), ("reader", reader)):
+        peer.connect(endpoint(tmp_path, "g"))
+        peer.send(name.encode())
+    peers: dict[bytes, bytes] = {}
+    until(lambda: gateway.drain(lambda peer, data: peers.update({data: peer})) or len(peers) == 2, 10)
+    began = time.monotonic()
+    for _ in range(5000):
+        gateway.send(peers[b"silent"], bytes(1000))
+    gateway.send(peers[b"reader"], b"served")
+    assert time.monotonic() - began < 10
+    assert reader.poll(5000)
+    assert reader.recv() == b"served"
+
+
+def test_a_client_that_says_nothing_is_nothing(context: zmq.Context, tmp_path: Path) -> None:
+    """Neither a ZeroMQ peer without a request nor a bare connection keeps the gateway from others."""
+    gateway = Gateway(context, endpoint(tmp_path, "g"))
+    mute = context.socket(zmq.DEALER)
+    mute.connect(endpoint(tmp_path, "g"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bare:
+        bare.connect(str(tmp_path / "g.sock"))
+        speaker = context.socket(zmq.DEALER)
+        speaker.connect(endpoint(tmp_path, "g"))
+        speaker.send(b"hello")
+        heard: list[bytes] = []
+        until(lambda: gateway.drain(lambda peer, data: heard.append(data)) or heard, 10)
+        assert heard == [b"hello"]
+
+
+def test_a_flood_is_taken_in_portions(context: zmq.Context, tmp_path: Path) -> None:
+    """The daemon has other work between: one visit takes a bounded number of requests."""
+    gateway = Gateway(context, endpoint(tmp_path, "g"))
+    peer = context.socket(zmq.DEALER)
+    peer.connect(endpoint(tmp_path, "g"))
+    for _ in range(500):
+        peer.send(b"x")
+    taken: list[int] = []
+
+    def visit() -> bool:
+        before = sum(taken)
+        portion: list[bytes] = []
+        gateway.drain(lambda _, data: portion.append(data), at_most=10)
+        taken.append(len(portion))
+        return before + len(portion) == 500
+
+    until(visit, 30)
+    assert max(taken) == 10
+
+
+def test_a_message_too_long_cuts_off_its_sender_alone(context: zmq.Context, tmp_path: Path) -> None:
+    """ZeroMQ drops the connection at MAXMSGSIZE; what others send still arrives."""
+    inbox = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    rude = context.socket(zmq.PUSH)
+    rude.connect(endpoint(tmp_path, "a"))
+    rude.send(bytes(MAX_BYTES + 1))
+    outbox = Outbox(context, endpoint(tmp_path, "a"))
+    outbox.send(Credit(block=1))
+    assert inbox.recv(10) == Credit(block=1)
+    assert inbox.recv(0.2) is None
+
+
+def test_a_lost_sender_leaves_its_messages_and_no_trace(context: zmq.Context, tmp_path: Path) -> None:
+    inbox = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    lost, other = Outbox(context, endpoint(tmp_path, "a")), Outbox(context, endpoint(tmp_path, "a"))
+    lost.send(Credit(block=1))
+    lost.close(linger_s=5)
+    assert inbox.recv(10) == Credit(block=1)
+    other.send(Credit(block=2))
+    assert inbox.recv(10) == Credit(block=2)
+
+
+def test_receiving_ends_at_its_deadline(context: zmq.Context, tmp_path: Path) -> None:
+    inbox = Inbox(context, endpoint(tmp_path, "a"), TYPES)
+    began = time.monotonic()
+    assert inbox.recv(0.1) is None
+    inbox.wait(0.1)
+    assert 0.18 < time.monotonic() - began < 5
 
 
 def test_events_reach_who_listens(context: zmq.Context, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every message crosses the wire unchanged, and nothing else does."""
 
 import types
+from collections.abc import Callable
 from typing import Any, Union, get_args, get_origin
 
 import msgpack
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ipc import messages
-from ipc.codec import Codec, packed
+from ipc.codec import Codec, pack_envelope, packed, unpack_envelope
 from ipc.errors import ProtocolError
-from ipc.messages import ANSWERS, COMMANDS, EVENTS, TO_DAEMON, TO_STAGE, Message
+from ipc.messages import ANSWERS, COMMANDS, EVENTS, PROTOCOL_VERSION, TO_DAEMON, TO_STAGE, Message
+from orchestrator.gateway import ClientDesk
 
 TABLES = {"commands": COMMANDS, "answers": ANSWERS, "events": EVENTS, "to stage": TO_STAGE, "to daemon": TO_DAEMON}
 TYPES = sorted({kind for table in TABLES.values() for kind in table}, key=lambda kind: kind.type)
@@ -73,6 +75,64 @@ def test_further_missing_and_ill_typed_fields_are_refused(kind: type[Message], d
     for wrong in bad:
         with pytest.raises(ProtocolError, match=kind.type):
             codec.decode(packed({"type": kind.type, "body": wrong}))
+
+
+def limit(kind: type[Message], name: str, word: str) -> Any:
+    """A limit of a field, such as `max_length`, or None."""
+    return next((getattr(m, word) for m in kind.model_fields[name].metadata if hasattr(m, word)), None)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.type)
+@settings(max_examples=1, deadline=None)
+@given(data=st.data())
+def test_limits_are_kept_on_both_sides(kind: type[Message], data: st.DataObject) -> None:
+    """A number or a text at its limit passes, one beyond it is refused."""
+    codec = Codec([kind])
+    body = data.draw(instances(kind)).model_dump()
+    good, bad = [], []
+    for name, field in kind.model_fields.items():
+        if field.annotation is int:
+            good += [body | {name: 0}, body | {name: 2**63 - 1}]
+            bad += [body | {name: -1}, body | {name: 2**63}, body | {name: True}, body | {name: 1.0}]
+        if field.annotation is str and (longest := limit(kind, name, "max_length")) is not None:
+            good.append(body | {name: "x" * longest})
+            bad.append(body | {name: "x" * (longest + 1)})
+        if field.annotation is str and limit(kind, name, "min_length"):
+            bad.append(body | {name: ""})
+        if field.annotation is float:
+            bad += [body | {name: float("nan")}, body | {name: float("inf")}]
+    for right in good:
+        assert codec.decode(packed({"type": kind.type, "body": right})).model_dump() == right
+    for wrong in bad:
+        with pytest.raises(ProtocolError, match=kind.type):
+            codec.decode(packed({"type": kind.type, "body": wrong}))
+
+
+class Wire:
+    """A gateway of one request, and a daemon that carries nothing out."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.replies: list[Message] = []
+
+    def drain(self, take: Callable[[bytes, bytes], None]) -> None:
+        take(b"peer", self._data)
+
+    def send(self, peer: bytes, data: bytes) -> None:
+        envelope = unpack_envelope(data)
+        self.replies.append(Codec(ANSWERS).build(envelope.type, envelope.body))
+
+
+@pytest.mark.parametrize("command", [messages.PromptSet(text="a"), messages.StatusGet(), messages.Stop()], ids=repr)
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION + 1, 2**63])
+def test_another_protocol_version_is_refused(command: Message, version: int) -> None:
+    """By the daemon, in one answer that says which it speaks; nothing is carried out."""
+    wire = Wire(pack_envelope(version, "id", command))
+    ClientDesk(wire, publisher=None, commanded=None).serve()
+    (answer,) = wire.replies
+    assert isinstance(answer, messages.Rejected)
+    assert answer.code == "unsupported_version"
+    assert f"speaks {PROTOCOL_VERSION}" in answer.text
 
 
 @pytest.mark.parametrize("name", TABLES)

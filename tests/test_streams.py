@@ -1,14 +1,18 @@
 """Streams through the function that the denoiser process calls: golden, endless, and against an oracle."""
 
-import resource
+import gc
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from golden_cases import cases, load, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from stream_case import SMALL, case_rollout, embeds, oracle, play, tiny_transformer
 
 from configs.schema import StreamConfig
+from ipc.errors import NonFiniteLatents
 from workers.models.denoise import LatentHistory, Rollout
 from workers.models.noise import DrawnNoise
 
@@ -52,21 +56,54 @@ def test_relative_stream_does_not_depend_on_where_it_begins(path: Path, tmp_path
     assert relative_error(far, case.tensors["latents"]) <= 1e-4
 
 
+def tensors() -> tuple[int, int]:
+    """How many tensors are alive and how many bytes they hold."""
+    gc.collect()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return len(alive), sum(tensor.nbytes for tensor in alive)
+
+
 def test_endless_stream_stays_finite_and_memory_flat() -> None:
-    """2,000 latent frames: everything is finite (or NonFiniteLatents is raised) and nothing accumulates."""
+    """2,000 latent frames: the picture keeps its strength, no tensor is kept, the process does not grow."""
     stream = StreamConfig(rope="relative")
     rollout = Rollout(tiny_transformer(), stream, SMALL)
     rollout.switch(embeds(0))
     noise = DrawnNoise(0, rollout.shape)
     for _ in range(100):
-        rollout.denoise_block(noise)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        latents = rollout.denoise_block(noise)
+    before, bytes_before = tensors(), psutil.Process().memory_info().rss
     for _ in range(100, 667):
         latents = rollout.denoise_block(noise)
-    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert rollout.block * stream.frames_per_block >= 2000
     assert 0.01 < float(latents.std()) < 100
-    assert grown_kib < 8 * 1024
+    assert tensors() == before
+    assert psutil.Process().memory_info().rss - bytes_before < 8 * 2**20
+
+
+def test_endless_stream_does_not_depend_on_where_it_begins() -> None:
+    """The same 2,000 latent frames, begun at 3,000,000, with switches on the way: nothing adds up."""
+    model = tiny_transformer()
+    near, far = (
+        Rollout(model, StreamConfig(rope="relative", first_position=position), SMALL) for position in (0, 3_000_000)
+    )
+    noise = DrawnNoise(0, near.shape)
+    for block in range(667):
+        if block % 111 == 0:
+            near.switch(embeds(block))
+            far.switch(embeds(block))
+        assert relative_error(far.denoise_block(noise), near.denoise_block(noise)) <= 1e-4, f"block {block}"
+
+
+def test_latents_that_are_no_numbers_are_refused() -> None:
+    """They would be decoded to black, and stay in the cache."""
+    model = tiny_transformer()
+    with torch.no_grad():
+        model.head.head.bias[0] = float("nan")
+    rollout = Rollout(model, StreamConfig(), SMALL)
+    rollout.switch(embeds(0))
+    with pytest.raises(NonFiniteLatents, match="block 0"):
+        rollout.denoise_block(DrawnNoise(0, rollout.shape))
+    assert bool(torch.isfinite(rollout.history.buffer).all())
 
 
 GEOMETRIES = {
@@ -88,22 +125,58 @@ GEOMETRIES = {
 }
 
 
+def differs(stream: StreamConfig, switches: frozenset[int], blocks: int) -> float:
+    """How far a rollout is from the oracle."""
+    model = tiny_transformer()
+    rollout = Rollout(model, stream, SMALL)
+    noise = DrawnNoise(3, rollout.shape)
+    prompts = {block: embeds(block) for block in {0, *switches}}
+    made = []
+    for block in range(blocks):
+        if block in prompts:
+            rollout.switch(prompts[block])
+        made.append(rollout.denoise_block(noise))
+    return relative_error(torch.cat(made, 1), oracle(model, stream, SMALL, noise, prompts, blocks))
+
+
 @pytest.mark.parametrize("switches", [(), (2,), (4, 5), (5, 9), (9,)], ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_any_geometry_equals_the_oracle(name: str, switches: tuple[int, ...]) -> None:
     """Slots, rings and kept rotations give what a plain list of all keys gives."""
     stream = StreamConfig(**{"rope": "relative", **GEOMETRIES[name]})
-    model = tiny_transformer()
-    rollout = Rollout(model, stream, SMALL)
-    noise = DrawnNoise(3, rollout.shape)
-    prompts = {block: embeds(block) for block in (0, *switches)}
-    made = []
-    for block in range(12):
-        if block in prompts:
-            rollout.switch(prompts[block])
-        made.append(rollout.denoise_block(noise))
-    expected = oracle(model, stream, SMALL, noise, prompts, 12)
-    assert relative_error(torch.cat(made, 1), expected) <= 1e-4
+    assert differs(stream, frozenset(switches), blocks=12) <= 1e-4
+
+
+@pytest.mark.parametrize("global_sink", [True, False])
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+@pytest.mark.parametrize("block", range(1, 10))
+def test_a_switch_at_any_block_equals_the_oracle(block: int, rope: str, global_sink: bool) -> None:
+    """Before, while and after the window begins to slide."""
+    assert differs(StreamConfig(rope=rope, global_sink=global_sink), frozenset({block}), blocks=block + 5) <= 1e-4
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> StreamConfig:
+    """Any stream that the configuration allows, small."""
+    frames = draw(st.integers(1, 3))
+    window = draw(st.integers(1, 5))
+    return StreamConfig(
+        frames_per_block=frames,
+        window=frames * window,
+        sink=frames * draw(st.integers(0, window - 1)),
+        steps=draw(st.sampled_from([(1000,), (1000, 500), (800, 300)])),
+        warp_steps=draw(st.booleans()),
+        rope=draw(st.sampled_from(["absolute", "relative"])),
+        global_sink=draw(st.booleans()),
+        context_noise=draw(st.sampled_from([0, 128])),
+        first_position=draw(st.sampled_from([0, 500])),
+    )
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(stream=geometries(), switches=st.frozensets(st.integers(1, 10), max_size=4))
+def test_drawn_geometries_equal_the_oracle(stream: StreamConfig, switches: frozenset[int]) -> None:
+    assert differs(stream, switches, blocks=12) <= 1e-4
 
 
 @pytest.mark.parametrize("block", [2, 4, 7])

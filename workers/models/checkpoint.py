@@ -1,8 +1,8 @@
 """From files to models: finds them, checks every tensor by name and shape, and puts each straight where it belongs.
 
 The files are those of Wan2.1-T2V-1.3B and LongLive-1.3B, by their own names. A model is built without memory first
-(meta device), then given one tensor at a time, so that no second full copy ever exists. Transformers is imported only
-where text is read. Knows no process.
+(meta device), then given one tensor at a time, so that no second full copy ever exists. Transformers and PEFT are
+imported only where they are needed. Knows no process.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from configs.schema import ModelConfig, VaeConfig
-from ipc.errors import CheckpointError, ConfigError
+from configs.schema import LoraConfig, ModelConfig, VaeConfig
+from ipc.errors import ConfigError
 from workers.models.causal_conv import ConvKind
-from workers.models.random_weights import fill
-from workers.models.tensor_file import TensorFile, open_tensors
-from workers.models.transformer import CausalWanTransformer
+from workers.models.random_weights import DrawnTensors
+from workers.models.tensor_file import TensorFile, damaged, open_tensors, shown
+from workers.models.transformer import CausalWanTransformer, Layer
 from workers.models.vae import VaeDecoder
 from workers.models.vae_encoder import VaeEncoder
 
@@ -28,37 +28,36 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
 Part = TypeVar("Part", VaeDecoder, VaeEncoder)
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-Shapes = dict[str, tuple[int, ...]]
+FLOATING = ("float32", "bfloat16", "float16")
+Shapes = Mapping[str, tuple[int, ...]]
 HINT = "is this the right file for model.path, and do the widths in the configuration fit it?"
 
 
 def load_transformer(model: ModelConfig, device: torch.device) -> CausalWanTransformer:
     """The denoising transformer with its LoRA merged, in `model.dtype`. Raises CheckpointError, ConfigError."""
     transformer = _on_meta(lambda: CausalWanTransformer(model.transformer))
+    expected = shapes_of(transformer)
     dtype = getattr(torch, model.dtype)
-    if model.path is None:
-        return _random(transformer, model, device, dtype)
-    path = find(model.path, model.files.transformer, "transformer")
-    roots = (model.generator,) if path.suffix in (".pt", ".pth") else ()
-    file = Renamed(open_tensors(path, roots), _without_wrappers)
-    check(file, shapes_of(transformer))
-    _give(transformer, file, device, dtype)
-    if model.lora is not None:
-        _merge(model, transformer)
+    file = _drawn(model, expected) if model.path is None else _transformer_file(model, model.path, expected)
+    if model.path is None or model.lora is None:
+        _give(transformer, file, expected, device, dtype)
+    else:
+        adapter = _lora_file(model.lora, model.files.lora, model.path, transformer)
+        _give(transformer, file, [name for name in expected if not name.startswith("blocks.")], device, dtype)
+        for index, layer in enumerate(transformer.blocks):
+            _give_merged(layer, f"blocks.{index}.", file, adapter, model.lora, device)
+            layer.to(dtype)
     return _ready(transformer)
 
 
 def load_vae_decoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeDecoder:
     """The VAE's decoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
-    decoder = _on_meta(lambda: VaeDecoder(model.vae, conv))
-    return _vae_part(decoder, model, device).prepare()
+    return _vae_part(_on_meta(lambda: VaeDecoder(model.vae, conv)), model, device).prepare()
 
 
 def load_vae_encoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeEncoder:
     """The VAE's encoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
-    encoder = _on_meta(lambda: VaeEncoder(model.vae, conv))
-    return _vae_part(encoder, model, device).prepare()
+    return _vae_part(_on_meta(lambda: VaeEncoder(model.vae, conv)), model, device).prepare()
 
 
 def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder":
@@ -66,43 +65,57 @@ def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder"
     from workers.models.umt5 import TextEncoder, translation
 
     encoder = _on_meta(lambda: TextEncoder(model.text_encoder))
+    file = _file(model, "text encoder", model.files.text_encoder, text_encoder_shapes(encoder))
     dtype = getattr(torch, model.text_dtype)
-    if model.path is None:
-        return _random(encoder, model, device, dtype)
-    file = open_tensors(find(model.path, model.files.text_encoder, "text encoder"))
-    check(file, text_encoder_shapes(encoder))
-    names = translation(model.text_encoder.num_layers)
-    for ours, theirs in names.items():
-        _set(encoder.model, theirs, file.read(ours).to(device, dtype, copy=True))
+    for ours, theirs in translation(model.text_encoder.num_layers).items():
+        _set(encoder.model, theirs, _placed(file, ours, device, dtype))
     return _ready(encoder)
 
 
 def load_tokenizer(model: ModelConfig) -> "Tokenizer":
-    """The tokenizer beside the weights; without weights the embedded model's. Raises CheckpointError."""
-    from workers.models.prompt_text import Tokenizer, pocket_tokenizer
+    """The tokenizer beside the weights; the embedded model's for random weights without one. Raises CheckpointError."""
+    from workers.models.prompt_text import POCKET_TOKENIZER, Tokenizer
 
+    path = _tokenizer_folder(model) or POCKET_TOKENIZER
+    tokenizer = Tokenizer(path)
+    known = model.text_encoder.vocab_size
+    if tokenizer.size > known:
+        raise damaged(
+            path, f"found {tokenizer.size} tokens, expected at most {known}, model.text_encoder.vocab_size; {HINT}"
+        )
+    return tokenizer
+
+
+def check_files(model: ModelConfig) -> None:
+    """Looks whether all files are there, without opening any. Raises CheckpointError, ConfigError."""
     if model.path is None:
-        return pocket_tokenizer()
-    return Tokenizer(find(model.path, model.files.tokenizer, "tokenizer"))
+        _drawn(model, {})
+        return
+    find(model.path, model.files.transformer, "transformer")
+    if model.lora is not None:
+        find(model.path, model.files.lora, "LoRA")
+    find(model.path, model.files.vae, "VAE")
+    find(model.path, model.files.text_encoder, "text encoder")
+    _tokenizer_folder(model)
 
 
 def find(root: Path, candidates: Iterable[str], what: str) -> Path:
     """The first candidate below a folder that exists. Raises CheckpointError naming them all."""
     names = list(candidates)
     if not root.is_dir():
-        raise CheckpointError(f"model.path {root}: no such directory; expected the folder with the weights")
-    for name in names:
-        if (root / name).exists():
-            return root / name
-    raise CheckpointError(f"model.path {root}: {what} not found, expected one of {', '.join(names)}")
+        raise damaged(root, "found no such directory, expected the folder with the weights; set model.path")
+    found = _existing(root, names)
+    if found is None:
+        raise damaged(root, f"{what} not found, expected one of {', '.join(names)}; set model.path or model.files")
+    return found
 
 
-def shapes_of(module: nn.Module) -> Shapes:
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a module's tensors, which are those of its file."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def text_encoder_shapes(encoder: "TextEncoder") -> Shapes:
+def text_encoder_shapes(encoder: "TextEncoder") -> dict[str, tuple[int, ...]]:
     """Names and shapes of the text encoder's file."""
     from workers.models.umt5 import translation
 
@@ -110,31 +123,27 @@ def text_encoder_shapes(encoder: "TextEncoder") -> Shapes:
     return {ours: tuple(parameters[theirs].shape) for ours, theirs in translation(encoder.config.num_layers).items()}
 
 
-def vae_shapes(config: VaeConfig) -> Shapes:
+def vae_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the VAE's file, which holds encoder and decoder."""
     return _on_meta(lambda: shapes_of(VaeEncoder(config)) | shapes_of(VaeDecoder(config)))
 
 
-def check(file: TensorFile, expected: Mapping[str, tuple[int, ...]], hint: str = HINT) -> None:
+def check(file: TensorFile, expected: Shapes, hint: str = HINT) -> None:
     """Raises CheckpointError unless a file holds exactly the expected tensors, in a floating dtype."""
+    unknown = next((name for name in file.shapes if name not in expected), None)
     for name, shape in expected.items():
         if name not in file.shapes:
-            raise CheckpointError(
-                f"{file.path}: tensor {name}: found nothing of that name, expected {list(shape)}; {hint}"
-            )
+            instead = "nothing of that name" if unknown is None else f"{shown(unknown)} instead"
+            raise damaged(file.path, f"tensor {name}: found {instead}, expected {list(shape)}; {hint}")
         found, dtype = file.shapes[name]
-        if tuple(found) != tuple(shape):
-            raise CheckpointError(f"{file.path}: tensor {name}: found {list(found)}, expected {list(shape)}; {hint}")
+        if found != shape:
+            raise damaged(file.path, f"tensor {name}: found {list(found)}, expected {list(shape)}; {hint}")
         if dtype not in FLOATING:
-            kind = str(dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{file.path}: tensor {name}: found {kind}, expected float32, bfloat16 or float16; {hint}"
-            )
-    unknown = next((name for name in file.shapes if name not in expected), None)
+            raise damaged(file.path, f"tensor {name}: found {dtype}, expected one of {', '.join(FLOATING)}; {hint}")
     if unknown is not None:
-        shape = list(file.shapes[unknown][0])
-        raise CheckpointError(
-            f"{file.path}: tensor {unknown}: found {shape}, expected no such tensor ({len(expected)} are known); {hint}"
+        found = list(file.shapes[unknown][0])
+        raise damaged(
+            file.path, f"tensor {shown(unknown)}: found {found}, expected none but {len(expected)} others; {hint}"
         )
 
 
@@ -152,7 +161,8 @@ class Renamed:
         for name in file.shapes:
             new = rename(name)
             if new in self._names:
-                raise CheckpointError(f"{file.path}: tensor {name}: found twice, as {self._names[new]} too")
+                twice = f"found it twice, as {shown(self._names[new])} too, expected it once"
+                raise damaged(file.path, f"tensor {shown(name)}: {twice}; {HINT}")
             self._names[new] = name
         self.shapes = {new: file.shapes[name] for new, name in self._names.items()}
 
@@ -164,22 +174,55 @@ def _without_wrappers(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("model.")
 
 
-def _merge(model: ModelConfig, transformer: CausalWanTransformer) -> None:
-    from workers.models.lora import lora_shapes, merge_lora
+def _file(model: ModelConfig, what: str, candidates: Iterable[str], expected: Shapes) -> TensorFile:
+    """A network's file, checked; drawn tensors for a model without files."""
+    if model.path is None:
+        return _drawn(model, expected)
+    file = open_tensors(find(model.path, candidates, what))
+    check(file, expected)
+    return file
 
-    assert model.path is not None and model.lora is not None
-    file = open_tensors(find(model.path, model.files.lora, "LoRA"), ("generator_lora",))
-    check(file, lora_shapes(transformer, model.lora.rank), f"is model.lora.rank {model.lora.rank} the file's?")
-    merge_lora(transformer, model.lora, {name: file.read(name) for name in file.shapes})
+
+def _transformer_file(model: ModelConfig, root: Path, expected: Shapes) -> TensorFile:
+    path = find(root, model.files.transformer, "transformer")
+    file = Renamed(open_tensors(path, (model.generator,)), _without_wrappers)
+    check(file, expected)
+    return file
+
+
+def _lora_file(
+    lora: LoraConfig, candidates: Iterable[str], root: Path, transformer: CausalWanTransformer
+) -> TensorFile:
+    from workers.models.lora import lora_shapes
+
+    file = open_tensors(find(root, candidates, "LoRA"), ("generator_lora",))
+    hint = f"set model.lora.rank (now {lora.rank}) and model.lora.alpha to what it was trained with"
+    check(file, lora_shapes(transformer, lora.rank), hint)
+    return file
+
+
+def _drawn(model: ModelConfig, expected: Shapes) -> DrawnTensors:
+    if not model.random_weights:
+        raise ConfigError("model.path: found nothing, expected the folder with the weights; set model.path=DIR")
+    return DrawnTensors(expected, model.random_weights_seed)
+
+
+def _tokenizer_folder(model: ModelConfig) -> Path | None:
+    """Of the model's files; None for a model of random weights without one, for which the embedded one's is made."""
+    if model.path is None:
+        return None
+    if model.random_weights and _existing(model.path, model.files.tokenizer) is None:
+        return None
+    return find(model.path, model.files.tokenizer, "tokenizer")
+
+
+def _existing(root: Path, names: Iterable[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).exists()), None)
 
 
 def _vae_part(part: Part, model: ModelConfig, device: torch.device) -> Part:
-    dtype = getattr(torch, model.vae_dtype)
-    if model.path is None:
-        return _random(part, model, device, dtype)
-    file = open_tensors(find(model.path, model.files.vae, "VAE"))
-    check(file, vae_shapes(model.vae))
-    _give(part, file, device, dtype)
+    file = _file(model, "VAE", model.files.vae, vae_shapes(model.vae))
+    _give(part, file, shapes_of(part), device, getattr(torch, model.vae_dtype))
     return _ready(part)
 
 
@@ -188,9 +231,32 @@ def _on_meta(build: Callable[[], T]) -> T:
         return build()
 
 
-def _give(module: nn.Module, file: TensorFile, device: torch.device, dtype: torch.dtype) -> None:
-    for name in shapes_of(module):
-        _set(module, name, file.read(name).to(device, dtype, copy=True))
+def _give(module: nn.Module, file: TensorFile, names: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    for name in names:
+        _set(module, name, _placed(file, name, device, dtype))
+
+
+def _give_merged(
+    layer: Layer, prefix: str, file: TensorFile, adapter: TensorFile, lora: LoraConfig, device: torch.device
+) -> None:
+    """A layer's weights and their LoRA's update, summed in float32."""
+    from workers.models.lora import PREFIX, merge_lora
+
+    for name in shapes_of(layer):
+        _set(layer, name, _placed(file, prefix + name, device, torch.float32))
+    stem = PREFIX + prefix
+    own = [name for name in adapter.shapes if name.startswith(stem)]
+    merge_lora(layer, lora, {n.removeprefix(stem): _placed(adapter, n, device, torch.float32) for n in own})
+
+
+def _placed(file: TensorFile, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of a file where it shall be. Raises CheckpointError if it is not finite there."""
+    tensor = file.read(name).to(device, dtype, copy=True)
+    least, most = torch.aminmax(tensor)
+    if not torch.isfinite(torch.stack((least, most))).all():
+        word = str(dtype).removeprefix("torch.")
+        raise damaged(file.path, f"tensor {name}: found NaN or infinity as {word}, expected finite numbers; {HINT}")
+    return tensor
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
@@ -200,10 +266,3 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
 
 def _ready(module: Module) -> Module:
     return module.eval().requires_grad_(False)
-
-
-def _random(module: Module, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Module:
-    if not model.random_weights:
-        raise ConfigError("model.path: found nothing, expected the folder with the weights; set model.path=DIR")
-    fill(module, model.random_weights_seed, device, dtype)
-    return _ready(module)

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from configs.schema import LoraConfig
-from workers.models.transformer import CausalWanTransformer
+from workers.models.transformer import CausalWanTransformer, Layer
 
 PREFIX = "base_model.model."
 
@@ -21,35 +21,33 @@ PREFIX = "base_model.model."
 def lora_shapes(transformer: CausalWanTransformer, rank: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an adapter's tensors, for every linear of every layer."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in _targets(transformer):
-        linear = transformer.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        shapes[f"{PREFIX}{name}.lora_A.weight"] = (rank, linear.in_features)
-        shapes[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, rank)
+    for index, layer in enumerate(transformer.blocks):
+        for name, linear in _linears(layer).items():
+            stem = f"{PREFIX}blocks.{index}.{name}"
+            shapes[f"{stem}.lora_A.weight"] = (rank, linear.in_features)
+            shapes[f"{stem}.lora_B.weight"] = (linear.out_features, rank)
     return shapes
 
 
 @torch.no_grad()
-def merge_lora(transformer: CausalWanTransformer, config: LoraConfig, adapter: Mapping[str, Tensor]) -> None:
-    """Adds alpha / rank * B @ A to the weight of every linear the adapter has; the module tree is as before.
+def merge_lora(layer: Layer, config: LoraConfig, adapter: Mapping[str, Tensor]) -> None:
+    """Adds alpha / rank * B @ A to the weight of every linear of a layer; its modules are as before.
 
     Args:
-        adapter: PEFT's names, as `lora_shapes` lists them; float32, bfloat16 or float16.
+        layer: in float32, so that weight and update are rounded once, when the sum becomes `model.dtype`.
+        adapter: the layer's tensors by PEFT's names, without what stands before the layer's; float32, on its device.
     """
-    targets = _targets(transformer)
+    targets = list(_linears(layer))
     peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-    inject_adapter_in_model(peft, transformer)
-    set_peft_model_state_dict(transformer, {name.removeprefix(PREFIX): t for name, t in adapter.items()})
+    inject_adapter_in_model(peft, layer, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(layer, dict(adapter), low_cpu_mem_usage=True)
     for name in targets:
-        layer = transformer.get_submodule(name)
-        assert isinstance(layer, LoraLayer)
-        layer.merge(safe_merge=False)
-        transformer.set_submodule(name, layer.get_base_layer())
+        adapted = layer.get_submodule(name)
+        assert isinstance(adapted, LoraLayer)
+        adapted.merge(safe_merge=False)
+        layer.set_submodule(name, adapted.get_base_layer())
+    del layer.peft_config  # PEFT leaves it on the module it was injected into
 
 
-def _targets(transformer: CausalWanTransformer) -> list[str]:
-    return [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("blocks.")
-    ]
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}

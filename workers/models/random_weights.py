@@ -1,4 +1,4 @@
-"""Weights drawn from a seed, for a model without trained files: finite, lively, the same on every machine.
+"""Weights drawn from a seed, for a model without trained files: finite, lively, the same in every process.
 
 The picture they make is abstract. Every tensor has a generator of its own, seeded by its name, so that neither order
 nor thread count matters. Knows names and shapes only.
@@ -6,9 +6,13 @@ nor thread count matters. Knows names and shapes only.
 
 import hashlib
 import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from workers.models.tensor_file import Described
 
 GAIN = {"text_embedding.2.weight": 3.0, "decoder.head.2.weight": 0.5, "modulation": 0.5}
 """Tensors, by the end of their name, drawn wider or narrower than their fan-in says: prompts shall show and pixels
@@ -21,17 +25,24 @@ def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     values = torch.randn(shape, generator=generator)
     if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
-        return 1 + 0.1 * values
+        return values.mul_(0.1).add_(1.0)
     gain = next((gain for end, gain in GAIN.items() if name.endswith(end)), 1.0)
     if len(shape) == 1:
-        return 0.1 * values
-    return values * gain / math.sqrt(max(1, math.prod(shape[1:])))
+        return values.mul_(0.1)
+    return values.mul_(gain / math.sqrt(max(1, math.prod(shape[1:]))))
 
 
-@torch.no_grad()
-def fill(module: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives all parameters of a module built on the meta device values on a device, in a dtype."""
-    module.to_empty(device=device)
-    module.to(dtype)
-    for name, parameter in module.named_parameters():
-        parameter.copy_(draw(name, parameter.shape, seed))
+class DrawnTensors:
+    """Random weights in the place of a file: a tensor is drawn when it is read.
+
+    Args:
+        shapes: the tensors' names and shapes, as a file of the model would have them.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+        self.path = Path("random weights")
+        self.shapes: dict[str, Described] = {name: (shape, "float32") for name, shape in shapes.items()}
+        self._seed = seed
+
+    def read(self, name: str) -> Tensor:
+        return draw(name, torch.Size(self.shapes[name][0]), self._seed)

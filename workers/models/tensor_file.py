@@ -5,6 +5,8 @@ Nothing in a file is ever executed: torch files are read with `weights_only=True
 
 import json
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -15,18 +17,16 @@ from torch import Tensor
 
 from ipc.errors import CheckpointError
 
-_TORCH_ERRORS = (
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-)
-"""What torch.load raises for files that are damaged, or that hold more than tensors."""
+LONGEST_SHOWN = 120
+"""Characters of a file's own words, such as a tensor's name, that an error line repeats."""
+
+Described = tuple[tuple[int, ...], str]
+"""Shape of a tensor and the word for its dtype, such as `bfloat16`."""
+
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+_TORCH_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError, AttributeError, TypeError, EOFError)
+"""What torch.load raises for a zip file that is damaged or not of its making."""
 
 
 class TensorFile(Protocol):
@@ -38,7 +38,7 @@ class TensorFile(Protocol):
     """
 
     path: Path
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    shapes: Mapping[str, Described]
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU, where possible without reading more than itself."""
@@ -54,7 +54,7 @@ def open_tensors(path: Path, roots: tuple[str, ...] = ()) -> TensorFile:
         CheckpointError: unreadable, damaged, or holding more than tensors.
     """
     if path.is_dir():
-        raise CheckpointError(f"{path}: found a directory, expected a weights file")
+        raise damaged(path, "found a directory, expected a weights file")
     if path.name.endswith(".index.json"):
         return ShardedFile(path)
     if path.suffix == ".safetensors":
@@ -62,29 +62,41 @@ def open_tensors(path: Path, roots: tuple[str, ...] = ()) -> TensorFile:
     return TorchFile(path, roots)
 
 
+def damaged(path: Path, text: str) -> CheckpointError:
+    """An error of a file, in one line whatever characters the file's own words have."""
+    line = f"{path}: {text}"
+    return CheckpointError("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+def shown(words: str) -> str:
+    """Words from a file, short enough to stand in an error."""
+    return words if len(words) <= LONGEST_SHOWN else f"{words[:LONGEST_SHOWN]}..."
+
+
 class SafetensorsFile:
     """One safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        head = _head(path)
+        if len(head) < 9 or head[8:9] != b"{":
+            raise damaged(path, f"found {_kind(head)}, expected a safetensors file; download it again")
         try:
             self._file = safe_open(path, framework="pt")
             self.shapes = {name: self._describe(name) for name in self._file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable safetensors file ({_brief(error)}); it may be truncated, download it again"
+            reason = _brief(error)
+            raise damaged(
+                path, f"not a readable safetensors file ({reason}); it may be truncated, download it again"
             ) from error
 
-    def _describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    def _describe(self, name: str) -> Described:
         piece = self._file.get_slice(name)
-        dtype = _DTYPES.get(piece.get_dtype(), torch.uint8)
-        return tuple(piece.get_shape()), dtype
+        dtype = piece.get_dtype()
+        return tuple(piece.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
 
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
-
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I64": torch.int64}
 
 
 class ShardedFile:
@@ -92,22 +104,27 @@ class ShardedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._shards: dict[str, SafetensorsFile] = {}
-        names = _weight_map(path)
-        for shard in sorted(set(names.values())):
-            if Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{path}: weight_map: found shard {shard!r}, expected a plain file name beside it"
+        self._where = _weight_map(path)
+        self._shards = {shard: self._open(shard) for shard in sorted(set(self._where.values()))}
+        self.shapes: dict[str, Described] = {}
+        for name, shard in self._where.items():
+            held = self._shards[shard].shapes
+            if name not in held:
+                raise damaged(
+                    path.parent / shard,
+                    f"tensor {shown(name)}: found nothing of that name, expected it by {path.name}; download both",
                 )
-            if not (path.parent / shard).is_file():
-                raise CheckpointError(f"{path}: weight_map: shard {shard} is missing beside it; download it")
-            self._shards[shard] = SafetensorsFile(path.parent / shard)
-        self._where = names
-        self.shapes = {}
-        for name, shard in names.items():
-            if name not in self._shards[shard].shapes:
-                raise CheckpointError(f"{path.parent / shard}: tensor {name}: not found, expected it by {path.name}")
-            self.shapes[name] = self._shards[shard].shapes[name]
+            self.shapes[name] = held[name]
+
+    def _open(self, shard: str) -> SafetensorsFile:
+        if Path(shard).name != shard or "\0" in shard:
+            raise damaged(
+                self.path, f"weight_map: found shard {shown(shard)}, expected a plain file name beside the index"
+            )
+        file = self.path.parent / shard
+        if not file.is_file():
+            raise damaged(self.path, f"weight_map: shard {shown(shard)} is missing beside the index; download it")
+        return SafetensorsFile(file)
 
     def read(self, name: str) -> Tensor:
         return self._shards[self._where[name]].read(name)
@@ -118,51 +135,127 @@ class TorchFile:
 
     def __init__(self, path: Path, roots: tuple[str, ...]) -> None:
         self.path = path
-        found = _load(path)
-        for root in roots:
-            if isinstance(found, dict) and isinstance(found.get(root), dict):
-                found = found[root]
-                break
-        if not isinstance(found, dict) or not found:
-            expected = f" or one below {' or '.join(roots)}" if roots else ""
-            raise CheckpointError(f"{path}: found {type(found).__name__}, expected a dict of tensors{expected}")
-        other = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
-        if other is not None:
-            kind = type(found[other]).__name__
-            where = f"; expected the tensors below {' or '.join(roots)}" if roots else ""
-            raise CheckpointError(f"{path}: {other}: found {kind}, expected a tensor{where}")
-        self._tensors: dict[str, Tensor] = found
-        self.shapes = {name: (tuple(value.shape), value.dtype) for name, value in found.items()}
+        self._tensors = _only_tensors(path, _below(path, _load(path), roots), roots)
+        self.shapes = {name: (tuple(t.shape), _dtype_word(t)) for name, t in self._tensors.items()}
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
 
 def _load(path: Path) -> object:
+    """What a torch file holds. Raises CheckpointError."""
+    _check_zip(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds something other than tensors ({_brief(error)}); not opened any further, get it from its"
-            " publisher"
+        raise damaged(
+            path, f"found {_refused(error)}, expected nothing but tensors; nothing of it was run, get another file"
         ) from error
+    except OSError as error:
+        raise damaged(path, f"cannot be read: {error.strerror or error}") from error
     except _TORCH_ERRORS as error:
-        raise CheckpointError(
-            f"{path}: not a readable torch file ({_brief(error)}); it may be truncated, download it again"
-        ) from error
+        reason = _brief(error)
+        raise damaged(path, f"not a readable torch file ({reason}); it may be damaged, download it again") from error
+
+
+def _check_zip(path: Path) -> None:
+    """Refuses what torch.load would take for something else, or map wrongly: tensors must lie there uncompressed."""
+    head = _head(path)
+    if not head.startswith(b"PK\x03\x04"):
+        raise damaged(path, f"found {_kind(head)}, expected a zip file of torch.save; download it again")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        reason = _brief(error)
+        raise damaged(path, f"not a readable torch file ({reason}); it may be truncated, download it again") from error
+    if packed:
+        raise damaged(path, "found compressed entries, expected a file as torch.save leaves it; download it again")
+
+
+def _below(path: Path, found: object, roots: tuple[str, ...]) -> dict[object, object]:
+    """The dict that holds the tensors: below the first root that is there, else the top."""
+    for root in roots:
+        if isinstance(found, dict) and isinstance(found.get(root), dict):
+            found = found[root]
+            break
+    if not isinstance(found, dict) or not found:
+        kind = "an empty dict" if isinstance(found, dict) else type(found).__name__
+        raise damaged(path, f"found {kind}, expected {_expected(roots)}")
+    return found
+
+
+def _only_tensors(path: Path, found: dict[object, object], roots: tuple[str, ...]) -> dict[str, Tensor]:
+    """The same dict, if its keys are names and its values plain tensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        what = _no_plain_tensor(value)
+        if not isinstance(name, str):
+            raise damaged(path, f"found key {shown(repr(name))}, expected {_expected(roots)}")
+        if what is not None or not isinstance(value, Tensor):
+            raise damaged(path, f"{shown(name)}: found {what}, expected {_expected(roots)}")
+        tensors[name] = value
+    return tensors
+
+
+def _no_plain_tensor(value: object) -> str | None:
+    """What a value is if it is no tensor with numbers of its own."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+    return "a tensor without data" if value.is_meta else None
+
+
+def _expected(roots: tuple[str, ...]) -> str:
+    return "a dict of named tensors" + (f", at the top or below {' or '.join(roots)}" if roots else "")
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8")).get("weight_map")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a readable index ({_brief(error)})") from error
-    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
-        raise CheckpointError(f"{path}: found no weight_map of names, expected one")
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise damaged(path, f"not a readable index ({_brief(error)}); download it again") from error
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise damaged(path, "found no weight_map, expected one from tensor names to shards; download it again")
     return names
 
 
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise damaged(path, f"cannot be read: {error.strerror}") from error
+
+
+def _kind(head: bytes) -> str:
+    """What a file is by its first bytes, when it is not what it should be."""
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (git lfs pull fetches the file)"
+    if head.lstrip().startswith(b"<"):
+        return "a web page"
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip file"
+    if head.startswith(b"\x80"):
+        return "a pickle, or a torch file from before 1.6"
+    return "a safetensors file" if head[8:10] == b'{"' else "something else"
+
+
+def _refused(error: Exception) -> str:
+    """What a pickle holds beside tensors, without torch's advice to open it all the same."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    return f"code ({shown(name[1])})" if name else "a pickle that is damaged or holds code"
+
+
+def _dtype_word(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _brief(error: Exception) -> str:
-    """The first line of an error, short enough to stand inside ours."""
-    text = " ".join(str(error).split())
-    return text[:160] if text else type(error).__name__
+    """The words of an error, short enough to stand inside ours."""
+    words = shown(" ".join(str(error).split()))
+    return words if words and not isinstance(error, LookupError) else f"{type(error).__name__} {words}".strip()

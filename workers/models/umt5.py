@@ -60,5 +60,5 @@ class TextEncoder(nn.Module):
         return embeds * mask[..., None].to(embeds.dtype)
 
     def encode(self, ids: Tensor) -> Tensor:
-        """One prompt's ids [n] -> embeds [n, dim]; padding would change nothing, so there is none."""
-        return self(ids[None], torch.ones_like(ids)[None])[0]
+        """One prompt's ids [n] -> embeds [n, dim] float32; padding would change nothing, so there is none."""
+        return self(ids[None], torch.ones_like(ids)[None])[0].float()

@@ -1,0 +1,41 @@
+"""What holds for every test: one thread for arithmetic, and no process left behind. The time limit is pytest's own."""
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+# Before anything imports torch, and inherited by the processes that tests start.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+GRACE_S = 5.0
+"""What a process that is ending has to be gone."""
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """Fails a test that leaves a child running; those of wider fixtures were there before it."""
+    before = children()
+    yield
+    left = children() - before
+    if left:
+        _, alive = psutil.wait_procs(left, timeout=GRACE_S)
+        running = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        assert not running, f"left running: {running}"
+
+
+def children() -> set[psutil.Process]:
+    """Descendants of the test process that run."""
+    return {process for process in psutil.Process().children(recursive=True) if is_ours(process)}
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Not ended, and not the tracker that Python itself starts once and keeps."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "multiprocessing.resource_tracker" not in " ".join(
+            process.cmdline()
+        )
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,295 @@
+"""A live run from its first to its last breath: prompts, recordings, signals, deaths, and nothing left behind."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from command import Command, alive, family, until
+from rtmp_server import RtmpServer
+from video_file import probe, read_frames
+
+from ipc.errors import NotRunning, Refused
+from ipc.messages import Applied, OnAir, Status, Superseded
+from orchestrator.async_client import AsyncClient
+from orchestrator.client import Client
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path / "run")
+
+
+Start = Callable[..., "Live"]
+
+
+class Live:
+    """A started daemon with a client."""
+
+    def __init__(self, command: Command, process: subprocess.Popen[str]) -> None:
+        self.command = command
+        self.process = process
+        self.family: list[psutil.Process] = []
+
+    def client(self) -> Client:
+        """Connected; the daemon may still be warming up."""
+
+        def connects() -> bool:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            try:
+                self._client = Client(self.command.run_directory)
+            except NotRunning:
+                return False
+            return True
+
+        until(connects, 60)
+        return self._client
+
+    def generating(self) -> Client:
+        """Connected once frames are played."""
+        client = self.client()
+        until(lambda: client.status().frame > 0, 60)
+        self.family = family(self.process)
+        return client
+
+    def worker(self, status: Status, stage: str) -> int:
+        return status.stages[stage].pid
+
+    def ends(self, timeout_s: float = 60) -> str:
+        """Waits for the end; what it printed. Nothing of it is left."""
+        output = self.process.communicate(timeout=timeout_s)[0]
+        until(lambda: not alive(self.family), 5)
+        return output
+
+
+@pytest.fixture
+def start(command: Command) -> Iterator[Start]:
+    started: list[Live] = []
+
+    def begin(*arguments: object) -> Live:
+        started.append(Live(command, command.start("start", *arguments)))
+        return started[-1]
+
+    yield begin
+    for live in started:
+        if live.process.poll() is None:
+            left = family(live.process)
+            live.process.kill()
+            live.process.communicate()
+            until(lambda left=left: not alive(left), 20)
+
+
+def test_prompts_while_it_records(start: Start, command: Command, tmp_path: Path) -> None:
+    """Two prompts from another shell get their three answers; the file has exactly its frames."""
+    path = tmp_path / "new" / "first.mp4"
+    live = start("--seconds", 8, "--prompt", "a red circle moving right", "--out", path, "--out", "null:")
+    live.generating()
+    answers = [command.run("prompt", text, "--wait") for text in ("a blue star", "two green squares")]
+    for answer in answers:
+        assert answer.returncode == 0, answer.stderr
+        accepted, applied, on_air = answer.stdout.splitlines()
+        assert accepted.startswith("accepted")
+        assert applied.startswith("applied at block ")
+        assert on_air.startswith("on air after ")
+    output = live.ends()
+    assert live.process.returncode == 0, output
+    info = probe(path)
+    assert (info.codec, info.pixels, info.fps, info.frames) == ("h264", "yuv420p", 16, 128)
+    assert not command.run_directory.exists()
+    assert "abstract" in output
+
+
+def test_ctrl_c_finishes_the_file(start: Start, command: Command, tmp_path: Path) -> None:
+    live = start("--out", tmp_path / "a.mp4")
+    client = live.generating()
+    until(lambda: client.status().frame > 30, 30)
+    live.process.send_signal(signal.SIGINT)
+    output = live.ends(20)
+    assert live.process.returncode == 0, output
+    assert probe(tmp_path / "a.mp4").frames > 30
+    assert not command.run_directory.exists()
+
+
+def test_stop_answers_when_outputs_are_closed(start: Start, command: Command, tmp_path: Path) -> None:
+    live = start("--out", tmp_path / "a.mp4")
+    live.generating()
+    stopped = command.run("stop")
+    assert stopped.returncode == 0, stopped.stderr
+    frames = int(stopped.stdout.split()[-2])
+    assert probe(tmp_path / "a.mp4").frames == frames
+    live.ends()
+    assert live.process.returncode == 0
+    assert command.run("status").returncode == 4
+
+
+def test_a_signal_during_warm_up_ends_at_once(start: Start, command: Command) -> None:
+    live = start()
+    live.client()
+    live.family = family(live.process)
+    live.process.send_signal(signal.SIGTERM)
+    live.ends(5)
+    assert live.process.returncode in (0, 130, 143)
+    assert not command.run_directory.exists()
+
+
+def test_a_second_daemon_is_refused_and_the_first_goes_on(start: Start, command: Command) -> None:
+    live = start()
+    client = live.generating()
+    second = command.run("start")
+    assert second.returncode == 3
+    assert len(second.stderr.strip().splitlines()) == 1
+    assert "orchestrator status" in second.stderr
+    assert client.status().pid == live.process.pid
+
+
+def test_everybody_dies_with_a_killed_daemon_and_the_next_start_is_clean(
+    start: Start, command: Command, tmp_path: Path
+) -> None:
+    live = start("--out", tmp_path / "a.mp4")
+    client = live.generating()
+    until(lambda: client.status().frame > 70, 30)
+    live.process.kill()
+    live.ends(5)
+    assert probe(tmp_path / "a.mp4").frames > 16
+    again = start("--seconds", 1, "--pace", "free")
+    assert "16 frames" in again.ends()
+    assert again.process.returncode == 0
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "denoiser", "vae_decoder"])
+def test_a_killed_worker_is_started_again(stage: str, start: Start, command: Command, tmp_path: Path) -> None:
+    """The stream goes on, a prompt sent meanwhile is applied, and the death is told."""
+    live = start("--out", tmp_path / "a.mp4")
+    client = live.generating()
+    os.kill(live.worker(client.status(), stage), signal.SIGKILL)
+    handle = client.prompt("sent while it was dead")
+    assert isinstance(handle.result(60), Applied)
+    handle.on_air(60)
+    status = client.status()
+    assert status.stages[stage].restarts == 1
+    assert "SIGKILL" in (status.last_error or "")
+    assert status.prompt == "sent while it was dead"
+    live.family = family(live.process)
+    client.stop()
+    live.ends()
+    assert probe(tmp_path / "a.mp4").frames > 0
+    assert not command.run_directory.exists()
+
+
+def test_a_dead_output_ends_the_run_and_says_why(start: Start, command: Command, tmp_path: Path) -> None:
+    live = start("--out", tmp_path / "a.mp4")
+    client = live.generating()
+    until(lambda: client.status().frame > 70, 30)
+    os.kill(live.worker(client.status(), "output"), signal.SIGKILL)
+    output = live.ends()
+    assert live.process.returncode == 1
+    assert "output died: killed by SIGKILL" in output
+    assert probe(tmp_path / "a.mp4").frames > 16
+
+
+def test_every_prompt_gets_one_answer(start: Start) -> None:
+    """A burst: the last is applied, the others are superseded; one for a far block is cancelled at the end."""
+    live = start("--pace", "free")
+    client = live.generating()
+    far = client.prompt("never", at=10**6)
+    burst = [client.prompt(f"number {number}") for number in range(20)]
+    results = [handle.result(60) for handle in burst]
+    assert isinstance(results[-1], Applied)
+    assert all(isinstance(result, Applied | Superseded) for result in results)
+    with pytest.raises(Refused) as caught:
+        client.prompt("many words " * 400).result(60)
+    assert caught.value.code == "too_long"
+    again = client.prompt("number 19")
+    again.result(60)
+    until(lambda: client.status().cache_hits >= 1, 20)
+    client.stop()
+    assert far.result(60).type == "cancelled"
+    live.ends()
+
+
+def test_a_prompt_for_a_block_takes_effect_there(start: Start) -> None:
+    live = start("--pace", "free", "--seconds", 12)
+    client = live.generating()
+    at = client.status().block + 6
+    result = client.prompt("right then", at=at).result(60)
+    assert isinstance(result, Applied)
+    assert (result.block, result.frame) == (at, 12 * at - 3)
+    live.ends()
+
+
+def test_asyncio_and_events(start: Start, command: Command) -> None:
+    """The same client by asyncio; events tell of blocks, prompts and what is on air."""
+    live = start("--seconds", 8)
+    live.generating()
+
+    async def talk() -> tuple[object, Status, set[str]]:
+        async with AsyncClient(command.run_directory) as client:
+            events = await client.events(timeout_s=20)
+            handle = await client.prompt("a blue star")
+            applied = await handle.result()
+            kinds: set[str] = set()
+            async for event in events:
+                kinds.add(event.type)
+                if isinstance(event, OnAir):
+                    break
+            return applied, await client.status(), kinds
+
+    applied, status, kinds = asyncio.run(talk())
+    assert isinstance(applied, Applied)
+    assert status.prompt == "a blue star"
+    assert {"event.block", "event.applied", "event.on_air"} <= kinds
+    live.ends()
+
+
+def test_an_rtmp_server_and_a_file_at_once(start: Start, tmp_path: Path) -> None:
+    server = RtmpServer(tmp_path / "r.flv")
+    live = start("--seconds", 5, "--out", server.address, "--out", tmp_path / "a.mp4")
+    output = live.ends()
+    assert live.process.returncode == 0, output
+    server.wait()
+    recorded = probe(tmp_path / "r.flv")
+    assert (recorded.codec, recorded.pixels, recorded.audio) == ("h264", "yuv420p", "aac")
+    assert recorded.frames >= 64
+    assert probe(tmp_path / "a.mp4").frames == 80
+
+
+def test_wrong_weights_end_the_start_in_one_line(command: Command, tmp_path: Path) -> None:
+    for name in ("longlive_base.pt", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
+        (tmp_path / name).write_bytes(b"not weights")
+    done = command.run("start", "--set", f"model.path={tmp_path}", "--seconds", 1)
+    assert done.returncode == 2
+    assert "not a readable" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("error:") for line in done.stderr.splitlines()) == 1
+    assert not command.run_directory.exists()
+
+
+def frames_of(command: Command, folder: Path, name: str, prompts: list[str], *options: object) -> np.ndarray:
+    """Frames of a short video with given prompts."""
+    listed = folder / f"{name}.jsonl"
+    listed.write_text(json.dumps({"prompts": prompts}) + "\n", encoding="utf-8")
+    path = folder / f"{name}.mp4"
+    done = command.run("generate", "--prompts", listed, "--seed", 3, "--blocks", 5, "--out", path, *options)
+    assert done.returncode == 0, done.stderr
+    return read_frames(path)
+
+
+def test_a_prompt_matters_from_its_frame_on(command: Command, tmp_path: Path) -> None:
+    """Same seed: equal up to the applied frame and different after it; two first prompts differ from frame 0."""
+    same = frames_of(command, tmp_path, "same", ["a red circle"])
+    switched = frames_of(command, tmp_path, "switched", ["a red circle", "a blue star"], "--switch-frames", 9)
+    other = frames_of(command, tmp_path, "other", ["a blue star"])
+    applied = 12 * 3 - 3
+    differs = (same != switched).any((1, 2, 3))
+    assert not differs[: applied - 32].any()
+    assert np.array_equal(same[: applied - 32], switched[: applied - 32])
+    assert differs[applied:].all()
+    assert (same != other).any((1, 2, 3)).all()
