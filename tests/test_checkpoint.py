@@ -153,7 +153,8 @@ def test_weights_are_held_once(
 
 
 DIGEST = """
-import hashlib, torch
+import hashlib, sys, torch
+torch.set_num_threads(int(sys.argv[1]))
 from configs.load import load_config
 from workers.models.checkpoint import load_text_encoder, load_transformer, load_vae_decoder
 model = load_config("pocket").model
@@ -169,10 +170,9 @@ def test_random_weights_are_the_same_in_every_process() -> None:
     """Whatever the number of threads and the order of sets: a worker that restarts goes on with the same model."""
     digests = []
     for threads, hashes in (("1", "1"), ("2", "2")):
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONHASHSEED": hashes}
-        ran = subprocess.run(
-            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", DIGEST, threads]
+        environment = os.environ | {"PYTHONHASHSEED": hashes}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         count, digest = ran.stdout.split()
         assert count == threads
         digests.append(digest)

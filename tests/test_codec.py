@@ -154,6 +154,12 @@ def test_envelope_round_trip() -> None:
     assert (envelope.v, envelope.id, envelope.type, envelope.body) == (PROTOCOL_VERSION, "id-1", "status.get", {})
 
 
+def test_an_envelope_holds_no_extension_types() -> None:
+    """Its body is any plain data until its type is known."""
+    with pytest.raises(ProtocolError):
+        unpack_envelope(packed({"v": 1, "id": "a", "type": "stop", "body": {"x": msgpack.ExtType(5, b"x")}}))
+
+
 @pytest.mark.parametrize(
     "change", [{"id": ""}, {"id": "x" * 65}, {"v": "1"}, {"type": ""}, {"body": None}, {"more": 1}]
 )

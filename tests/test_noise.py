@@ -34,6 +34,12 @@ def test_noise_is_standard_normal() -> None:
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
 
 
+def test_a_seed_is_the_same_stream_in_every_version() -> None:
+    """Half of the first eight bytes of SHA-256 of `longlive 7 2 1`: seed 7, block 2, after step 0."""
+    expected = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5380262913104152225))
+    assert torch.equal(DrawnNoise(7, SHAPE).between(2, 0), expected)
+
+
 def test_the_largest_seed_works() -> None:
     DrawnNoise(2**63 - 1, SHAPE).start(2**40)
 
@@ -53,6 +59,7 @@ def test_given_noise_is_handed_out_by_block_and_step() -> None:
         ((1, 5, 16, 4, 6), (2, 3, *SHAPE)),
         ((1, 6, 8, 4, 6), (2, 3, *SHAPE)),
         ((1, 6, 16, 4, 6), (2, 2, *SHAPE)),
+        ((1, 5, 16, 4, 6), (1, 3, *SHAPE)),
         ((6,), ()),
     ],
 )

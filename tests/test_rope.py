@@ -33,15 +33,17 @@ def test_scores_depend_on_distances_alone(head_dim: int, far: int) -> None:
     assert relative_error(moved, near) <= 1e-5
 
 
-def test_angles_are_those_of_wan() -> None:
+@pytest.mark.parametrize("frame", [7, 3_000_000])
+def test_angles_are_those_of_wan(frame: int) -> None:
     """Frames take what rows and columns leave; the first pair of each turns by one radian a step."""
-    turn = rotation((7,), 2, 2, 128, CPU)
+    turn = rotation((frame,), 2, 2, 128, CPU)
     assert turn.cos.shape == (4, 64)
-    frame, row, column = turn.cos[3, 0], turn.cos[3, 22], turn.cos[3, 43]
-    assert frame == pytest.approx(math.cos(7), abs=1e-6)
-    assert row == pytest.approx(math.cos(1), abs=1e-6)
-    assert column == pytest.approx(math.cos(1), abs=1e-6)
-    assert turn.cos[3, 1] == pytest.approx(math.cos(7 * THETA ** (-2 / 44)), abs=1e-6)
+    for pair in range(22):
+        assert turn.cos[3, pair] == pytest.approx(math.cos(frame * THETA ** (-2 * pair / 44)), abs=1e-6)
+        assert turn.sin[3, pair] == pytest.approx(math.sin(frame * THETA ** (-2 * pair / 44)), abs=1e-6)
+    for first in (22, 43):
+        assert turn.cos[3, first] == pytest.approx(math.cos(1), abs=1e-6)
+        assert turn.cos[3, first + 1] == pytest.approx(math.cos(THETA ** (-2 / 42)), abs=1e-6)
 
 
 def test_rotation_keeps_lengths_and_dtype() -> None:

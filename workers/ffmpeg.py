@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import imageio_ffmpeg
-
 from configs.schema import OutputConfig, VideoConfig
 from configs.targets import Target
 from ipc.errors import InputError
@@ -28,6 +26,8 @@ TERM_S = 5.0
 def find_ffmpeg(explicit: Path | None) -> Path:
     """The program to run: the one asked for, else that of imageio-ffmpeg. Raises InputError if it does not work."""
     if explicit is None:
+        import imageio_ffmpeg
+
         try:
             path = Path(imageio_ffmpeg.get_ffmpeg_exe())
         except RuntimeError as error:
