@@ -308,8 +308,11 @@ class RuntimeConfig(Part):
     supervision: SupervisionConfig = SupervisionConfig()
 
     def stage(self, name: StageName) -> StageConfig:
-        """A model stage's settings with the run's placement and device filled in."""
+        """A model stage's settings with the run's placement and device filled in; `cuda` means the first GPU."""
         own: StageConfig = getattr(self.stages, name)
+        device = own.device or self.device
         return StageConfig(
-            placement=own.placement or self.placement, device=own.device or self.device, threads=own.threads
+            placement=own.placement or self.placement,
+            device="cuda:0" if device == "cuda" else device,
+            threads=own.threads,
         )
