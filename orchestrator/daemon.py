@@ -60,6 +60,8 @@ from workers.spec import RunLimits
 POLL_MS = 100
 FAREWELL_S = 5.0
 """How long workers may take to end after they were told to."""
+LAST_WORDS_S = 0.5
+"""How long the message of a worker that ended with an error may take to arrive."""
 LINGER_S = 0.5
 """How long last answers may take to leave."""
 
@@ -341,10 +343,7 @@ class Daemon:
 
     def _died(self, worker: Worker, how: str) -> None:
         """A worker ended that was not told to: start another, or end the run if that cannot help."""
-        for message in self._inbox.drain():
-            self._take(message)
-        told = [self._reasons.pop(key) for key in (*worker.stages, worker.name) if key in self._reasons]
-        reason, user = told[0] if told else (how, False)
+        reason, user = self._last_words(worker) or (how, False)
         if self._phase is Phase.ENDED:
             return
         text = reason if user else f"{worker.name} died: {reason}"
@@ -361,6 +360,18 @@ class Daemon:
             self._telemetry.stages[stage].restarts += 1
             self._telemetry.stages[stage].state = "restarting"
             self._desk.publish(WorkerRestarted(stage=stage, reason=reason))
+
+    def _last_words(self, worker: Worker) -> tuple[str, bool] | None:
+        """What a dead worker said of its end, which may still be on its way; None if it was killed."""
+        deadline_ns = self._clock() + int(LAST_WORDS_S * 1e9)
+        keys = {*worker.stages, worker.name}
+        while not keys & self._reasons.keys():
+            message = self._inbox.recv(LAST_WORDS_S if worker.ended_by_itself else 0.0)
+            if message is not None:
+                self._take(message)
+            elif not worker.ended_by_itself or self._clock() > deadline_ns:
+                return None
+        return next(self._reasons.pop(key) for key in keys & self._reasons.keys())
 
     def _close_outputs(self) -> None:
         """After a failure: what was decoded is played, outputs are closed, then the run ends."""

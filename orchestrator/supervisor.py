@@ -52,6 +52,11 @@ class Worker:
         return self.process.pid or 0
 
     @property
+    def ended_by_itself(self) -> bool:
+        """Whether it is dead and no signal killed it."""
+        return self.process.exitcode is not None and self.process.exitcode >= 0
+
+    @property
     def is_ready(self) -> bool:
         return self.ready == set(self.stages)
 

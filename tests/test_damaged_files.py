@@ -342,6 +342,7 @@ def test_a_file_cut_anywhere_is_refused(published: dict[bool, Path], tmp_path: P
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:Defining your")  # torch of its own, when it refuses a changed pickle
 @pytest.mark.parametrize("file", [BASE, SINGLE, INDEX])
 def test_changed_bytes_load_or_are_refused(published: dict[bool, Path], tmp_path: Path, file: str) -> None:
     """Where names, shapes and offsets are written, at both ends: never another error, never a crash."""
