@@ -274,10 +274,10 @@ def _finish(config: RuntimeConfig, summary: RunSummary) -> None:
     """Tells the result and ends with its exit code."""
     if summary.frames and summary.blocks and summary.wall_s > 0:
         fps, block_ms = summary.frames / summary.wall_s, 1000 * summary.wall_s / summary.blocks
-        typer.echo(
-            f"{summary.frames} frames in {summary.blocks} blocks, {summary.wall_s:.1f} s:"
-            f" {fps:.1f} fps, {block_ms:.0f} ms a block, RTF {fps / config.video.fps:.2f}"
-        )
+        line = f"{summary.frames} frames in {summary.blocks} blocks, {summary.wall_s:.1f} s: {fps:.1f} fps"
+        if config.output.pace != "live":  # a paced stream plays at its rate, whatever the capacity is
+            line += f", {block_ms:.0f} ms a block, RTF {fps / config.video.fps:.2f}"
+        typer.echo(line)
     if summary.frames_sha256:
         typer.echo(f"sha256 of the frames {summary.frames_sha256}")
     for file in summary.files:

@@ -1,130 +1,113 @@
-"""A LoRA is summed into the weights it was trained on, and what runs afterwards is plain linears."""
+"""A LoRA is merged into plain linears: the reference's stream comes out, and nothing of PEFT is left behind."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import Case, cases, load, relative_error
-from stream_case import case_rollout, play
-from tiny_files import CPU, LORA, QUERY, equal, tiny_model, weights, write
+from golden_cases import cases, load, relative_error
+from stream_case import case_rollout
+from tiny_files import CPU, LORA, QUERY, changed, equal, tiny_model, weights, write
 
 from configs.schema import LoraConfig
+from ipc.errors import CheckpointError
 from workers.models.checkpoint import load_transformer
-from workers.models.lora import PREFIX
-from workers.models.transformer import CausalWanTransformer
+from workers.models.kv_cache import CachePlan, KVCache
 
-WITH_LORA = [path for path in cases("stream") if load(path).config["lora"]]
+ADAPTED = [path for path in cases("stream") if load(path).config["lora"]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("model"))
 
 
 def case_id(path: Path) -> str:
     return f"golden-{path.name}-plain"
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole set of good files, its LoRA of rank 4; not to be changed."""
-    return write(tmp_path_factory.mktemp("published"))
+@pytest.mark.parametrize("path", ADAPTED, ids=case_id)
+@torch.inference_mode()
+def test_one_pass_equals_the_reference(path: Path, tmp_path: Path) -> None:
+    """The flow of the first block's noise, the LoRA read from its file and merged."""
+    case = load(path)
+    rollout = case_rollout(case, tmp_path / "model")
+    model, expected = rollout.model, case.tensors["single/flow"]
+    prompt = model.prompt_kv(case.tensors["prompt_embeds"][:1])
+    noise, timestep = case.tensors["noise"][:, : expected.shape[1]], float(case.tensors["single/timestep"])
+    plan = CachePlan((0,), 0, tuple(range(expected.shape[1])), None)
+    flow = model(noise, timestep, prompt, rollout.cache, plan)
+    assert relative_error(flow, expected) <= 1e-4
 
 
-def held(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by the names of the published file."""
-    return torch.load(folder / LORA, weights_only=True)["generator_lora"]
-
-
-def update(adapter: dict[str, torch.Tensor], name: str, scale: float) -> torch.Tensor | float:
-    """scale * B @ A for a weight in float64, 0 for one that no LoRA goes with."""
-    stem = PREFIX + name.removesuffix(".weight")
-    if not name.endswith(".weight") or f"{stem}.lora_A.weight" not in adapter:
-        return 0.0
+def update(files: Path, name: str, scale: float) -> torch.Tensor:
+    """scale * B @ A in float64, from the file itself."""
+    adapter = torch.load(files / LORA, weights_only=True)["generator_lora"]
+    stem = f"base_model.model.{name.removesuffix('.weight')}"
     return scale * adapter[f"{stem}.lora_B.weight"].double() @ adapter[f"{stem}.lora_A.weight"].double()
 
 
-def linears(model: CausalWanTransformer) -> set[str]:
-    """The weights that the published LoRA goes with: of every linear inside a layer."""
-    return {f"{n}.weight" for n, m in model.blocks.named_modules(prefix="blocks") if isinstance(m, torch.nn.Linear)}
+def test_update_is_alpha_over_rank_times_the_product(files: Path) -> None:
+    base = weights(tiny_model(path=files))
+    merged = weights(tiny_model(path=files, lora=LoraConfig(rank=4, alpha=6)))
+    linears = [name for name in base if name.startswith("blocks.") and base[name].ndim == 2]
+    assert len(linears) == 10 * 2
+    for name, tensor in base.items():
+        expected = tensor.double() + (update(files, name, 1.5) if name in linears else 0.0)
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def golden_adapter(case: Case) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("lora/"): t for name, t in case.tensors.items() if name.startswith("lora/")}
-
-
-@pytest.mark.parametrize("path", WITH_LORA, ids=case_id)
-def test_merged_weights_make_the_reference_stream(path: Path, tmp_path: Path) -> None:
-    """The reference ran with PEFT's modules in place; the stream with everything merged is the same."""
-    case = load(path)
-    rollout = case_rollout(case, tmp_path / "model")
-    assert relative_error(play(case, rollout), case.tensors["latents"]) <= 1e-4
-
-
-@pytest.mark.parametrize("path", WITH_LORA, ids=case_id)
-def test_every_reference_weight_is_the_sum(path: Path, tmp_path: Path) -> None:
-    case = load(path)
-    adapter, lora = golden_adapter(case), case.config["lora"]
-    model = case_rollout(case, tmp_path / "model").model
-    for name, merged in model.state_dict().items():
-        base = case.tensors[f"weights/model.{name}"]
-        expected = base.double() + update(adapter, name, lora["alpha"] / lora["rank"])
-        assert relative_error(merged, expected) <= 1e-6, name
-
-
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 8.0), (2, 3.0), (1, 0.5), (4, 0.0)])
-def test_merge_adds_the_scaled_product(tmp_path: Path, rank: int, alpha: float) -> None:
-    """W + alpha / rank * B @ A in every linear of every layer, and in nothing else."""
-    folder = write(tmp_path, rank=rank)
-    base = weights(tiny_model(path=folder))
-    merged = load_transformer(tiny_model(path=folder, lora=LoraConfig(rank=rank, alpha=alpha)), CPU)
-    adapter, changed = held(folder), set()
-    for name, weight in merged.state_dict().items():
-        torch.testing.assert_close(weight.double(), base[name].double() + update(adapter, name, alpha / rank))
-        if not torch.equal(weight, base[name]):
-            changed.add(name)
-    assert changed == (linears(merged) if alpha else set())
+def test_sum_is_rounded_once(files: Path) -> None:
+    """In bfloat16 the weights are those of the float32 merge, rounded; not a sum of two rounded parts."""
+    lora = LoraConfig(rank=4, alpha=4)
+    full = weights(tiny_model(path=files, lora=lora))
+    half = weights(tiny_model(path=files, lora=lora, dtype="bfloat16"))
+    assert equal({name: tensor.bfloat16() for name, tensor in full.items()}, half)
 
 
 def test_nothing_of_peft_is_left(files: Path) -> None:
-    """Names, classes and attributes are those of a model that never had a LoRA: no module adds anything at run time."""
-    plain = load_transformer(tiny_model(path=files), CPU)
-    merged = load_transformer(tiny_model(path=files, lora=LoraConfig(rank=4, alpha=8)), CPU)
-    assert merged.state_dict().keys() == plain.state_dict().keys()
-    assert modules(merged) == modules(plain)
-    assert [name for name, _ in merged.named_buffers()] == [name for name, _ in plain.named_buffers()]
+    """Graphs and compilers see the same modules as without a LoRA."""
+    model = tiny_model(path=files)
+    plain = load_transformer(model, CPU)
+    merged = load_transformer(model.model_copy(update={"lora": LoraConfig(rank=4, alpha=4)}), CPU)
+    for (name, one), (other_name, other) in zip(plain.named_modules(), merged.named_modules(), strict=True):
+        assert (name, type(one), vars(one).keys()) == (other_name, type(other), vars(other).keys())
     assert not any(parameter.requires_grad for parameter in merged.parameters())
-    assert not any(module.training for module in merged.modules())
 
 
-def modules(model: CausalWanTransformer) -> dict[str, tuple[type, set[str], bool]]:
-    """Class, attributes and hooks of every module."""
-    return {
-        name: (type(module), set(vars(module)), bool(module._forward_hooks or module._forward_pre_hooks))
-        for name, module in model.named_modules()
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_sum_is_rounded_once(files: Path, dtype: torch.dtype) -> None:
-    """Base and update are added in float32: a small update is not lost beside a large weight that was rounded first."""
-    word = str(dtype).removeprefix("torch.")
-    lora = LoraConfig(rank=4, alpha=4)
-    exact = weights(tiny_model(path=files, lora=lora))
-    rounded = weights(tiny_model(path=files, lora=lora, dtype=word))
-    assert all(torch.equal(rounded[name], exact[name].to(dtype)) for name in exact)
-
-
-def test_wrapped_and_bare_files_are_the_same_lora(files: Path, tmp_path: Path) -> None:
-    """As published below `generator_lora`, and as PEFT itself saves it."""
+def test_bare_lora_is_read_like_the_wrapped_one(files: Path, tmp_path: Path) -> None:
     lora = LoraConfig(rank=4, alpha=8)
     bare = write(tmp_path, bare=True)
-    assert PREFIX + QUERY.replace("weight", "lora_A.weight") in torch.load(bare / LORA, weights_only=True)
     assert equal(weights(tiny_model(path=bare, lora=lora)), weights(tiny_model(path=files, lora=lora)))
 
 
-def test_alpha_is_the_configuration_s(files: Path) -> None:
-    """The file states no alpha, so that another one is another model, silently; it must at least be heeded."""
-    one, other = (weights(tiny_model(path=files, lora=LoraConfig(rank=4, alpha=alpha))) for alpha in (4, 8))
-    assert not torch.equal(one[QUERY], other[QUERY])
+def test_without_a_lora_no_file_is_looked_for(tmp_path: Path) -> None:
+    model = tiny_model(path=write(tmp_path))
+    expected = weights(model)
+    (tmp_path / LORA).write_bytes(b"damaged")
+    assert equal(weights(model), expected)
+    (tmp_path / LORA).unlink()
+    assert equal(weights(model), expected)
+    with pytest.raises(CheckpointError, match="LoRA not found"):
+        weights(model.model_copy(update={"lora": LoraConfig(rank=4, alpha=4)}))
 
 
-def test_without_lora_its_file_is_not_read(files: Path, tmp_path: Path) -> None:
-    folder = write(tmp_path)
-    (folder / LORA).write_bytes(b"not looked at")
-    assert equal(weights(tiny_model(path=folder)), weights(tiny_model(path=files)))
+@pytest.mark.parametrize("rank", [2, 8])
+def test_another_rank_is_one_clear_line(files: Path, rank: int) -> None:
+    with pytest.raises(CheckpointError, match=rf"lora_A\.weight: found \[4, 24\], expected \[{rank}, 24\]") as caught:
+        weights(tiny_model(path=files, lora=LoraConfig(rank=rank, alpha=4)))
+    assert f"set model.lora.rank (now {rank}) and model.lora.alpha" in str(caught.value)
+
+
+def test_an_alpha_in_the_file_is_not_ignored(tmp_path: Path) -> None:
+    """LongLive's files hold none; one that does was trained by other rules, and a wrong scale shows nowhere else."""
+    write(tmp_path)
+    changed(tmp_path / LORA, lambda tensors: tensors.update({"base_model.model.blocks.0.alpha": torch.tensor(2.0)}))
+    with pytest.raises(CheckpointError, match=r"tensor base_model\.model\.blocks\.0\.alpha: found \[\], expected none"):
+        weights(tiny_model(path=tmp_path, lora=LoraConfig(rank=4, alpha=4)))
+
+
+def test_the_base_is_not_changed_on_disk(files: Path) -> None:
+    """Files are mapped into memory: merging must not write through to them."""
+    before = weights(tiny_model(path=files))[QUERY].clone()
+    weights(tiny_model(path=files, lora=LoraConfig(rank=4, alpha=4)))
+    assert torch.equal(weights(tiny_model(path=files))[QUERY], before)
