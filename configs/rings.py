@@ -42,7 +42,7 @@ def ring_specs(config: RuntimeConfig) -> dict[RingName, RingSpec]:
     """The rings of a run.
 
     Embeddings [text_len, text_dim] and frames [4, H, W, 3] (the pixels of one latent frame) lie in host memory; a
-    block's latents [F, 16, h, w] stay on the GPU where both of their stages have one.
+    block's latents [F, 16, h, w] stay on the GPU where both of their stages have one, unless told otherwise.
     """
     video, stream, text = config.video, config.stream, config.model.transformer
     denoiser, vae = config.stage("denoiser").device or "cpu", config.stage("vae_decoder").device or "cpu"
@@ -59,7 +59,7 @@ def ring_specs(config: RuntimeConfig) -> dict[RingName, RingSpec]:
             config.rings.latents,
             latents,
             "float32",
-            on_device=denoiser.startswith("cuda") and vae.startswith("cuda"),
+            on_device=config.rings.latents_memory == "auto" and denoiser.startswith("cuda") and vae.startswith("cuda"),
         ),
         "frames": RingSpec("frames", "vae_decoder", "output", config.rings.frames, pixels, "uint8"),
     }

@@ -260,8 +260,13 @@ class StagesConfig(Part):
 
 
 class RingsConfig(Part):
-    """Slots of the rings between stages: a prompt's embeddings, a block's latents, a latent frame's pixels."""
+    """Slots of the rings between stages: a prompt's embeddings, a block's latents, a latent frame's pixels.
 
+    `latents_memory`: `auto` keeps latents on the GPU where both of their stages have one; `host` passes them through
+    host memory, for two GPUs that cannot reach each other.
+    """
+
+    latents_memory: Literal["auto", "host"] = "auto"
     embeds: PositiveInt = 2
     latents: Annotated[int, Field(ge=2)] = 2
     frames: Annotated[int, Field(ge=3)] = 6

@@ -11,7 +11,7 @@ from tiny_files import CPU, LORA, QUERY, changed, equal, tiny_model, weights, wr
 from configs.schema import LoraConfig
 from ipc.errors import CheckpointError
 from workers.models.checkpoint import load_transformer
-from workers.models.kv_cache import CachePlan, KVCache
+from workers.models.kv_cache import CachePlan
 
 ADAPTED = [path for path in cases("stream") if load(path).config["lora"]]
 
@@ -33,7 +33,7 @@ def test_one_pass_equals_the_reference(path: Path, tmp_path: Path) -> None:
     rollout = case_rollout(case, tmp_path / "model")
     model, expected = rollout.model, case.tensors["single/flow"]
     prompt = model.prompt_kv(case.tensors["prompt_embeds"][:1])
-    noise, timestep = case.tensors["noise"][:, : expected.shape[1]], float(case.tensors["single/timestep"])
+    noise, timestep = case.tensors["noise"][:, : expected.shape[1]], case.tensors["single/timestep"].flatten()[0].item()
     plan = CachePlan((0,), 0, tuple(range(expected.shape[1])), None)
     flow = model(noise, timestep, prompt, rollout.cache, plan)
     assert relative_error(flow, expected) <= 1e-4

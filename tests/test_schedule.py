@@ -16,7 +16,11 @@ def shift_cases() -> list[tuple[Path, float]]:
     return [(path, shift) for path in CASES for shift in load(path).config["shifts"]]
 
 
-@pytest.mark.parametrize(("path", "shift"), shift_cases(), ids=lambda value: getattr(value, "name", str(value)))
+def case_id(value: Path | float) -> str:
+    return f"golden-{value.name}-plain" if isinstance(value, Path) else f"shift{value:g}"
+
+
+@pytest.mark.parametrize(("path", "shift"), shift_cases(), ids=case_id)
 def test_schedule_equals_the_reference(path: Path, shift: float) -> None:
     """golden: sigmas, warped steps and noise mixed in, for every shift."""
     case = load(path)

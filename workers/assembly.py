@@ -188,7 +188,7 @@ class Assembly:
         """The denoiser's own slots: shared host memory, or GPU memory that it exports or shares with its siblings."""
         ring = self._rings["latents"]
         if not ring.on_device:
-            return self._host_slots("latents")
+            return self._host_slots("latents", pin=self._device("denoiser").type == "cuda")
         from ipc.cuda_ipc import CudaRingExporter, RealDriver
         from ipc.tensor_ring import DeviceSlots
 

@@ -68,6 +68,7 @@ class DenoiserStage:
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self.name: StageName = "denoiser"
+        self.note: str | None = None
         self._config = config
         self._device = torch.device(config.stage("denoiser").device or "cpu")
         self._embeds, self._embeds_slots = embeds, embeds_slots
@@ -89,14 +90,10 @@ class DenoiserStage:
         model = self._config.model
         transformer = load_transformer(model, self._device)
         transformer.attention = choose_attention(model.attention, self._device, transformer.dtype)
+        self.note = f"attention by {transformer.attention.name}"
         self._rollout = self._new_rollout(transformer)
         self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)
         self._check_length()
-
-    @property
-    def attention(self) -> str:
-        """Name of the attention backend in use."""
-        return self._rollout.model.attention.name
 
     def _new_rollout(self, transformer: CausalWanTransformer) -> Rollout:
         config = self._config

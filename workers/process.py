@@ -138,8 +138,9 @@ class Worker:
         daemon.send(Loading(stage=stage.name, text="warming up"))
         block_ms = stage.warm_up()
         device = "cpu" if stage.name == "output" else self._config.stage(stage.name).device or "cpu"
-        note = getattr(stage, "note", None)
-        daemon.send(Ready(stage=stage.name, device=device, block_ms=block_ms, note=note))
+        if stage.note:
+            log.info("%s: %s", stage.name, stage.note)
+        daemon.send(Ready(stage=stage.name, device=device, block_ms=block_ms, note=stage.note))
 
     def _fail(self, name: StageName, daemon: Outbox, text: str, *, user: bool) -> None:
         daemon.send(StageFailed(stage=name, text=" ".join(text.split())[:2000], user=user))

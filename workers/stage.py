@@ -15,9 +15,14 @@ IDLE_WAIT_S = 0.05
 
 
 class Stage(Protocol):
-    """One stage of the pipeline; all calls come from one thread."""
+    """One stage of the pipeline; all calls come from one thread.
+
+    Attributes:
+        note: what the person should know once it is loaded, such as the attention backend in use; None for nothing.
+    """
 
     name: StageName
+    note: str | None
 
     def load(self) -> None:
         """Brings weights and devices in place. Raises UserError where the person must change something."""

@@ -42,6 +42,7 @@ class TextEncoderStage:
         inputs: Path | None = None,
     ) -> None:
         self.name: StageName = "text_encoder"
+        self.note: str | None = None
         self._config = config
         self._device = torch.device(config.stage("text_encoder").device or "cpu")
         self._limit = config.model.transformer.text_len

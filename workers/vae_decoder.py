@@ -50,6 +50,7 @@ class VaeDecoderStage:
         to_daemon: Send,
     ) -> None:
         self.name: StageName = "vae_decoder"
+        self.note: str | None = None
         self._config = config
         self._device = torch.device(config.stage("vae_decoder").device or "cpu")
         self._latents, self._source = latents, latents_source

@@ -45,8 +45,10 @@ def load_transformer(model: ModelConfig, device: torch.device) -> CausalWanTrans
         adapter = _lora_file(model.lora, model.files.lora, model.path, transformer)
         _give(transformer, file, [name for name in expected if not name.startswith("blocks.")], device, dtype)
         for index, layer in enumerate(transformer.blocks):
-            _give_merged(layer, f"blocks.{index}.", file, adapter, model.lora, device)
-            layer.to(dtype)
+            prefix = f"blocks.{index}."
+            _give_merged(layer, prefix, file, adapter, model.lora, device)
+            for name, merged in layer.state_dict().items():
+                _set(layer, name, _finite(merged.to(dtype), adapter, prefix + name))
     return _ready(transformer)
 
 
@@ -251,10 +253,13 @@ def _give_merged(
 
 def _placed(file: TensorFile, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor of a file where it shall be. Raises CheckpointError if it is not finite there."""
-    tensor = file.read(name).to(device, dtype, copy=True)
+    return _finite(file.read(name).to(device, dtype, copy=True), file, name)
+
+
+def _finite(tensor: Tensor, file: TensorFile, name: str) -> Tensor:
     least, most = torch.aminmax(tensor)
     if not torch.isfinite(torch.stack((least, most))).all():
-        word = str(dtype).removeprefix("torch.")
+        word = str(tensor.dtype).removeprefix("torch.")
         raise damaged(file.path, f"tensor {name}: found NaN or infinity as {word}, expected finite numbers; {HINT}")
     return tensor
 
