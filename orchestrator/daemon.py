@@ -23,16 +23,12 @@ from ipc.messages import (
     Discontinuity,
     Drain,
     Drained,
-    EncodePrompt,
     EndOfStream,
-    ExpectPrompt,
     Heartbeat,
     Loading,
     Message,
-    OnAir,
     PlayoutReport,
     PromptApplied,
-    PromptInForce,
     PromptRefused,
     Ready,
     RingExported,
@@ -47,10 +43,10 @@ from ipc.messages import (
 )
 from orchestrator.gateway import ClientDesk
 from orchestrator.plan import Reporter, RunPlan, RunSummary
+from orchestrator.prompting import Prompting
 from orchestrator.restarts import RestartBudget
 from orchestrator.rings import RingHouse
 from orchestrator.run_directory import CONTROL, EVENTS_SOCKET, RunDirectory
-from orchestrator.session import Prompt, PromptBook
 from orchestrator.signals import SignalWatch
 from orchestrator.supervisor import Supervisor, Worker
 from orchestrator.telemetry import Telemetry
@@ -118,9 +114,10 @@ class Daemon:
         self._desk = ClientDesk(self._gateway, publisher, self)
         self._signals = SignalWatch()
         stack.callback(self._signals.close)
-        self._supervisor = Supervisor(config, directory.path, self._rings, _limits(config, plan), plan.log)
+        limits = _limits(config, plan)
+        self._supervisor = Supervisor(config, directory.path, self._rings, limits, plan.log)
         self._telemetry = Telemetry(config, clock())
-        self._prompts = PromptBook()
+        self._prompts = Prompting(config, limits.blocks, self._desk, self._send, clock)
         self._restarts = RestartBudget()
         self._phase = Phase.STARTING
         self._reasons: dict[str, tuple[str, bool]] = {}
@@ -143,17 +140,10 @@ class Daemon:
             self._end()
         return self._summary()
 
-    # Commands of clients
-
     def set_prompt(self, text: str, at: int | None, command: str) -> int:
         if self._phase not in (Phase.STARTING, Phase.RUNNING):
             raise Refused("unavailable", "prompt: the stream is ending")
-        last = _limits(self._config, self._plan).blocks
-        if at is not None and last is not None and at >= last:
-            raise Refused("beyond_end", f"prompt: block {at} will not come, the stream ends before block {last}")
-        prompt = self._prompts.accept(text, at, self._clock(), command)
-        self._send_prompt(prompt)
-        return prompt.version
+        return self._prompts.accept(text, at, command)
 
     def snapshot(self) -> Status:
         in_force = self._prompts.in_force
@@ -175,18 +165,15 @@ class Daemon:
             self._deadline_ns = self._clock() + int(self._config.supervision.drain_s * 1e9)
             self._send("denoiser", Drain())
 
-    # The loop
-
     def _begin(self) -> None:
         self._supervisor.start()
         self._note_pids()
-        for row, scheduled in enumerate(self._plan.prompts):
-            given = row if self._plan.inputs is not None else None
-            self._send_prompt(self._prompts.accept(scheduled.text, scheduled.at, self._clock(), given=given))
+        self._prompts.plan(self._plan.prompts, given=self._plan.inputs is not None)
 
     def _turn(self) -> None:
         poller = zmq.Poller()
-        for source in (self._inbox.socket, self._gateway.socket, self._signals.fd):
+        sources = [self._inbox.socket, self._signals.fd, *([self._gateway.socket] if self._plan.live else [])]
+        for source in sources:
             poller.register(source, zmq.POLLIN)
         pidfds = {worker.pidfd for worker in self._supervisor.workers.values()}
         for pidfd in pidfds:
@@ -194,7 +181,8 @@ class Daemon:
         ready = dict(poller.poll(POLL_MS))
         for message in self._inbox.drain():
             self._take(message)
-        self._desk.serve()
+        if self._plan.live:
+            self._desk.serve()
         for _ in range(self._signals.taken()):
             self._interrupted()
         for pidfd in pidfds & set(ready):
@@ -232,14 +220,16 @@ class Daemon:
             case Heartbeat():
                 self._supervisor.heartbeat(message)
             case PromptRefused():
-                self._prompt_refused(message)
+                self._prompts.refused(message)
+                if self._prompts.is_planned(message.version):
+                    self._fail(message.text, exit_code=UserError.exit_code)
+                    self._finish()
             case PromptApplied():
-                self._prompt_applied(message)
+                self._prompts.applied(message)
             case BlockDone():
-                times = message.model_dump()
-                self._desk.publish(BlockTimes(**times))
+                self._desk.publish(BlockTimes(**message.model_dump()))
             case VersionPlayed():
-                self._version_played(message)
+                self._prompts.played(message)
             case PlayoutReport():
                 self._played(message)
             case Drained():
@@ -250,34 +240,6 @@ class Daemon:
             case RingExported():
                 self._exported = message
                 self._send("vae_decoder", message)
-
-    # Prompts
-
-    def _send_prompt(self, prompt: Prompt) -> None:
-        if prompt.at is not None:
-            self._send("denoiser", ExpectPrompt(version=prompt.version, at=prompt.at))
-        self._send(
-            "text_encoder",
-            EncodePrompt(version=prompt.version, text=prompt.text, at=prompt.at, given=prompt.given),
-        )
-
-    def _prompt_refused(self, message: PromptRefused) -> None:
-        self._desk.answer(self._prompts.refused(message.version, message.code, message.text))
-        if message.version < len(self._plan.prompts):
-            self._fail(message.text, exit_code=UserError.exit_code)
-            self._finish()
-
-    def _prompt_applied(self, message: PromptApplied) -> None:
-        frame = self._config.stream.first_frame(message.block)
-        answers = self._prompts.applied(message.version, message.block, frame)
-        self._desk.answer(answers)
-        self._desk.publish(PromptInForce(version=message.version, block=message.block, frame=frame))
-
-    def _version_played(self, message: VersionPlayed) -> None:
-        prompt = self._prompts.played(message.version)
-        if prompt is not None:
-            ms = (message.played_ns - prompt.accepted_ns) / 1e6
-            self._desk.publish(OnAir(version=message.version, block=message.block, frame=message.frame, ms=ms))
 
     def _played(self, report: PlayoutReport) -> None:
         for sink in report.sinks:
@@ -291,8 +253,6 @@ class Daemon:
         if self._plan.frames is not None or self._plan.blocks is None:
             return self._plan.frames
         return self._config.stream.first_frame(self._plan.blocks)
-
-    # Workers
 
     def _stage_is_ready(self, message: Ready) -> None:
         stage = next(name for name in STAGES if name == message.stage)
@@ -317,8 +277,7 @@ class Daemon:
     def _carry_on(self, stage: StageName) -> None:
         """Brings a restarted stage to where its predecessor was."""
         if stage == "text_encoder":
-            for prompt in self._prompts.waiting:
-                self._send_prompt(prompt)
+            self._prompts.again()
         elif stage == "vae_decoder":
             if self._exported is not None:
                 self._send(stage, self._exported)
@@ -327,15 +286,8 @@ class Daemon:
             self._resume_denoiser()
 
     def _resume_denoiser(self) -> None:
-        block, in_force = self._telemetry.next_block, self._prompts.in_force
-        if in_force is not None:
-            self._send("denoiser", ExpectPrompt(version=in_force.version, at=block))
-            self._send(
-                "text_encoder",
-                EncodePrompt(version=in_force.version, text=in_force.text, at=block, given=in_force.given),
-            )
-        for prompt in self._prompts.waiting:
-            self._send_prompt(prompt)
+        block = self._telemetry.next_block
+        self._prompts.resume_at(block)
         if self._phase is Phase.DRAINING:
             self._send("denoiser", Drain())
         self._send("denoiser", Begin(block=block))
@@ -387,8 +339,6 @@ class Daemon:
             for stage in worker.stages:
                 self._telemetry.stages[stage].pid = worker.pid
 
-    # The end
-
     def _fail(self, text: str, exit_code: int = 1) -> None:
         self._error = self._error or text
         self._telemetry.last_error = self._error
@@ -409,7 +359,7 @@ class Daemon:
             self._send(name, Shutdown())
         self._supervisor.end(FAREWELL_S if in_order else 0.0)
         reason = self._error or "the stream ended"
-        self._desk.answer(self._prompts.end(reason))
+        self._prompts.end(reason)
         self._desk.stopped(self._drained.frames if self._drained else self._telemetry.frames)
         self._reporter.close()
 

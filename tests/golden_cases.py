@@ -12,8 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 Kind = Literal["stream", "vae", "umt5", "scheduler"]
-MARKS: dict[Kind, str] = {"stream": "renoise", "vae": "pixels_unclamped", "umt5": "embeds"}
-"""A tensor that only cases of a kind have."""
+MARKS: dict[Kind, frozenset[str]] = {
+    "stream": frozenset({"noise", "latents"}),
+    "vae": frozenset({"latents", "pixels_unclamped"}),
+    "umt5": frozenset({"ids", "embeds"}),
+    "scheduler": frozenset({"x", "noise", "timesteps"}),
+}
+"""Tensors that together only cases of a kind have; a folder with none of these sets is no case."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,17 @@ def cases(kind: Kind) -> list[Path]:
     parents = [Path(__file__).parent / "golden"]
     parents += [Path(parent) for parent in os.environ.get("GOLDEN_DIRS", "").split(os.pathsep) if parent]
     folders = [path.parent for parent in parents for path in sorted(parent.glob("*/tensors.safetensors"))]
-    return [folder for folder in folders if _kind(folder) == kind]
+    return [folder for folder in folders if MARKS[kind] <= _names(folder)]
 
 
-def _kind(folder: Path) -> Kind:
+def _names(folder: Path) -> set[str]:
     with safe_open(folder / "tensors.safetensors", framework="pt") as file:
-        names = set(file.keys())
-    return next((kind for kind, mark in MARKS.items() if mark in names), "scheduler")
+        return set(file.keys())
+
+
+def case_id(path: Path) -> str:
+    """How a test's name shows its case."""
+    return f"golden-{path.name}"
 
 
 def load(path: Path) -> Case:

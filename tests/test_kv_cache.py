@@ -31,6 +31,14 @@ def test_relative_sink_stands_right_before_the_window() -> None:
     assert [plan.recache(block, 0)[0].sink for block in (5, 100)] == [3, 288]
 
 
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+def test_positions_count_from_where_the_stream_begins(rope: str) -> None:
+    """No output tells: attention sees distances alone."""
+    plan = layout(rope=rope, first_position=3_000_000)
+    assert plan.denoise(5, 0).frames == (3_000_015, 3_000_016, 3_000_017)
+    assert plan.recache(3, 0)[0].frames == tuple(range(3_000_000, 3_000_009))
+
+
 def test_absolute_sink_is_never_moved() -> None:
     plan = layout(rope="absolute")
     assert all(plan.denoise(block, 0).sink is None for block in range(20))

@@ -179,17 +179,19 @@ def test_drawn_geometries_equal_the_oracle(stream: StreamConfig, switches: froze
     assert differs(stream, switches, blocks=12) <= 1e-4
 
 
-@pytest.mark.parametrize("block", [2, 4, 7])
-def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int) -> None:
-    """What a restarted denoiser makes of the retained latents is the `global_sink: false` path to the same prompt."""
+@pytest.mark.parametrize("global_sink", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 4, 5, 7])
+def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int, global_sink: bool) -> None:
+    """A restarted denoiser has lost the sink: whatever `global_sink` says it goes the path of `false`."""
     model = tiny_transformer()
-    stream = StreamConfig(rope="relative", global_sink=False)
-    living = Rollout(model, stream, SMALL)
+    living = Rollout(model, StreamConfig(rope="relative", global_sink=False), SMALL)
     noise = DrawnNoise(5, living.shape)
     living.switch(embeds(0))
     for _ in range(block):
         living.denoise_block(noise)
-    restarted = Rollout(model, stream, SMALL, history=LatentHistory(living.history.buffer.clone()))
+    retained = LatentHistory(living.history.buffer.clone())
+    stream = StreamConfig(rope="relative", global_sink=global_sink)
+    restarted = Rollout(model, stream, SMALL, history=retained)
     restarted.resume(block, embeds(0))
     living.switch(embeds(0))
     for _ in range(6):

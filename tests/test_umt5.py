@@ -27,7 +27,9 @@ def test_embeds_equal_the_reference(path: Path) -> None:
     missing, unexpected = encoder.model.load_state_dict(own, strict=False)
     assert (set(missing), unexpected) == ({"encoder.embed_tokens.weight"}, [])
     ids, mask, expected = (case.tensors[name] for name in ("ids", "mask", "embeds"))
-    assert relative_error(encoder(ids, mask), expected) <= 1e-4
+    embeds = encoder(ids, mask)
+    assert relative_error(embeds, expected) <= 1e-4
+    assert not embeds[mask == 0].any()
     for row, length in enumerate(mask.sum(1).tolist()):
         assert relative_error(encoder.encode(ids[row, :length]), expected[row, :length]) <= 1e-4
 
@@ -37,3 +39,17 @@ def test_every_tensor_has_a_name() -> None:
     with torch.device("meta"):
         encoder = TextEncoder(config)
     assert set(translation(3).values()) == {name for name, _ in encoder.model.named_parameters()}
+
+
+def test_embeds_are_float32_and_do_not_depend_on_padding() -> None:
+    """Whatever the weights' dtype: the ring to the denoiser holds float32, and a prompt is encoded without padding."""
+    torch.manual_seed(0)
+    config = TextEncoderConfig(vocab_size=10, dim=8, dim_attn=8, dim_ffn=8, num_heads=2, num_layers=2)
+    encoder = TextEncoder(config).eval().requires_grad_(False)
+    ids = torch.tensor([3, 4, 5])
+    padded = encoder(torch.tensor([[3, 4, 5, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]]))
+    torch.testing.assert_close(padded[0, :3], encoder.encode(ids))
+    assert not padded[0, 3:].any()
+    half = encoder.to(torch.bfloat16).encode(ids)
+    assert half.dtype is torch.float32
+    assert torch.equal(half, half.bfloat16().float())

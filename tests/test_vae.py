@@ -4,15 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import Case, cases, load, relative_error
+from golden_cases import Case, case_id, cases, load, relative_error
 
 from configs.schema import VaeConfig
+from workers.models.causal_conv import ChannelNorm, ConvKind
 from workers.models.random_weights import draw
 from workers.models.vae import VaeDecoder, to_rgb8
 from workers.models.vae_encoder import VaeEncoder
 
 CASES = [(path, kind) for path in cases("vae") for kind in ("plain", "stacked")]
-IDS = [f"golden-{path.name}-{kind}" for path, kind in CASES]
+IDS = [f"{case_id(path)}-{kind}" for path, kind in CASES]
 FIELDS = ("base_dim", "dim_mult", "num_res_blocks", "temporal_downsample", "latents_mean", "latents_std")
 
 
@@ -97,6 +98,35 @@ def test_a_cleared_cache_leaves_a_seam() -> None:
     latents = torch.randn(1, 6, 16, 4, 4, generator=torch.Generator().manual_seed(0))
     whole = decode_all(decoder, latents)
     assert relative_error(decode_all(decoder, latents[:, 3:])[:, -4:], whole[:, -4:]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["plain", "stacked"])
+def test_cache_holds_no_more_than_it_needs(kind: ConvKind) -> None:
+    """A cached view would keep a layer's whole input alive, gigabytes at full size."""
+    decoder = with_random_weights(VaeDecoder(small_config(), kind))
+    cache = decoder.new_cache()
+    for _ in range(3):
+        decoder.decode(torch.zeros(1, 16, 4, 4), cache)
+    assert all(frames.untyped_storage().nbytes() == frames.numel() * frames.element_size() for frames in cache.values())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8])
+def test_norm_does_not_depend_on_scale(scale: float) -> None:
+    x = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    norm = ChannelNorm(8, 3)
+    assert relative_error(norm(x * scale), x / x.square().mean(-1, keepdim=True).sqrt()) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["plain", "stacked"])
+def test_bfloat16_is_near_float32(kind: ConvKind) -> None:
+    """Rounding is about 3 %; a norm or a layout done wrong in a narrow type is far off."""
+    latents = torch.randn(1, 3, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    exact, narrow = (
+        decode_all(with_random_weights(VaeDecoder(small_config(base_dim=8), kind)).to(dtype).prepare(), latents)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert narrow.dtype == torch.bfloat16
+    assert relative_error(narrow.float(), exact) <= 0.1
 
 
 def test_streams_do_not_share_their_past() -> None:

@@ -38,6 +38,9 @@ from workers.ports import RingReader, RingWriter, Send
 from workers.prompt_queue import Apply, PromptQueue, Wait
 from workers.stage import IDLE_WAIT_S
 
+SAY_AGAIN_NS = 500_000_000
+"""How often the end of the stream is repeated."""
+
 
 class DenoiserStage:
     """The `denoiser` stage.
@@ -83,7 +86,8 @@ class DenoiserStage:
         self._begin: Begin | None = None
         self._fresh = True
         self._draining = False
-        self._ended = False
+        self._end_at: int | None = None
+        self._end_said_ns = 0
 
     def load(self) -> None:
         """Weights onto the device, and the noise. Raises UserError."""
@@ -141,7 +145,9 @@ class DenoiserStage:
     def process(self) -> bool:
         """Makes the next block if it may begin; False if it must wait."""
         took = self._take_embeds()
-        if self._begin is None or self._ended:
+        if self._end_at is not None:
+            self._say_the_end(self._end_at)
+        if self._begin is None or self._end_at is not None:
             return took
         block = max(self._rollout.block, self._begin.block)
         if self._draining or block == self._last_block():
@@ -217,8 +223,15 @@ class DenoiserStage:
     def _end(self, block: int) -> None:
         if self._dump is not None:
             self._write_dump(self._dump)
-        self._ended = True
-        self._latents.send_last(EndOfStream(blocks=block))
+        self._end_at = block
+        self._say_the_end(block)
+
+    def _say_the_end(self, block: int) -> None:
+        """Now and again, because a decoder that is started anew does not know of it."""
+        now = time.monotonic_ns()
+        if now - self._end_said_ns >= SAY_AGAIN_NS:
+            self._end_said_ns = now
+            self._latents.send_last(EndOfStream(blocks=block))
 
     def _write_dump(self, path: Path) -> None:
         if not self._dumped:

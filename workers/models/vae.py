@@ -101,10 +101,12 @@ class VaeDecoder(nn.Module):
         numbers = Numbers()
         self.conv2 = CausalConv3d(LATENT_CHANNELS, LATENT_CHANNELS, (1, 1, 1), kind=conv, number=numbers.next())
         self.decoder = Decoder(config, conv, numbers)
+        self._mean_std: tuple[Tensor, Tensor] | None = None
 
     def prepare(self) -> "VaeDecoder":
-        """Lays weights out for speed; once, after they are loaded."""
+        """Lays weights and constants out for speed; once, after the weights are loaded and where they stay."""
         prepare(self)
+        self._mean_std = self._statistics()
         return self
 
     def new_cache(self) -> Cache:
@@ -128,9 +130,14 @@ class VaeDecoder(nn.Module):
 
     def _denormalised(self, latent: Tensor) -> Tensor:
         weight = self.conv2.weight
-        mean = torch.tensor(self.config.latents_mean, device=weight.device)[:, None, None]
-        std = torch.tensor(self.config.latents_std, device=weight.device)[:, None, None]
+        mean, std = self._mean_std if self._mean_std is not None else self._statistics()
         return (latent.to(weight.device, torch.float32) * std + mean).to(weight.dtype)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation, [16, 1, 1] float32; made once, for a copy to a GPU waits for the GPU."""
+        values = torch.tensor((self.config.latents_mean, self.config.latents_std), device=self.conv2.weight.device)
+        mean, std = values[:, :, None, None]
+        return mean, std
 
 
 def to_rgb8(frames: Tensor) -> Tensor:
