@@ -1,6 +1,5 @@
 """Weights files: every published form loads to the same weights, held once, and files that are missing are named."""
 
-import hashlib
 import os
 import re
 import shutil
@@ -154,27 +153,31 @@ def test_weights_are_held_once(
     assert peak.most - peak.before < whole + layer + 6e6
 
 
-def digest(model: ModelConfig) -> str:
-    """Of all weights of a model."""
-    made = hashlib.sha256()
-    for load in (load_transformer, load_text_encoder, load_vae_decoder):
-        for name, tensor in sorted(load(model, CPU).state_dict().items()):
-            made.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
-    return made.hexdigest()
+DIGEST = """
+import hashlib, sys, torch
+torch.set_num_threads(int(sys.argv[1]))
+from configs.load import load_config
+from workers.models.checkpoint import load_transformer, load_vae_decoder
+model = load_config("pocket").model
+digest = hashlib.sha256()
+for load in (load_transformer, load_vae_decoder):
+    for name, tensor in sorted(load(model, torch.device("cpu")).state_dict().items()):
+        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+print(torch.get_num_threads(), digest.hexdigest())
+"""
 
 
 def test_random_weights_are_the_same_in_every_process() -> None:
     """Whatever the number of threads and the order of sets: a worker that restarts goes on with the same model."""
-    code = """
-import torch
-torch.set_num_threads(2)
-from configs.load import load_config
-from test_checkpoint import digest
-print(torch.get_num_threads(), digest(load_config("pocket").model))
-"""
-    environment = os.environ | {"PYTHONHASHSEED": "5", "PYTHONPATH": str(Path(__file__).parent)}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == ["2", digest(load_config("pocket").model)]
+    digests = []
+    for threads in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": threads}
+        command = [sys.executable, "-c", DIGEST, threads]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        count, digest = ran.stdout.split()
+        assert count == threads
+        digests.append(digest)
+    assert digests[0] == digests[1]
 
 
 def test_random_weights_differ_by_seed_and_leave_the_global_generator_alone() -> None:
@@ -254,11 +257,10 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(files: Path) -> None:
         load_tokenizer(tiny_model(path=files, text_encoder=config))
 
 
-def test_the_written_configuration_is_that_of_its_folder(tmp_path: Path) -> None:
+def test_the_written_configuration_is_that_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`scripts/write_checkpoint.py`, then `--config DIR/config.yaml`: all its files, the LoRA merged."""
-    script = Path(__file__).parent.parent / "scripts" / "write_checkpoint.py"
-    command = [sys.executable, str(script), "--config", "pocket", "--out", str(tmp_path / "model"), "--rank", "2"]
-    subprocess.run(command, check=True, capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["write_checkpoint.py", "--out", str(tmp_path / "model"), "--rank", "2"])
+    SCRIPT["main"]()
     model = load_config(str(tmp_path / "model" / "config.yaml")).model
     check_files(model)
     assert model.lora == LoraConfig(rank=2, alpha=2)

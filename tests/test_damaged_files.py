@@ -76,9 +76,9 @@ def as_directory(path: Path) -> None:
     path.mkdir()
 
 
-def tensor(name: str, value: object) -> Damage:
-    """One tensor of a torch file is another."""
-    return lambda path: changed(path, lambda tensors: tensors.update({name: value}))
+def tensor(name: str, make: Callable[[], object]) -> Damage:
+    """One tensor of a torch file is another; made when it is needed, not when tests are collected."""
+    return lambda path: changed(path, lambda tensors: tensors.update({name: make()}))
 
 
 def without(name: str) -> Damage:
@@ -117,8 +117,8 @@ def long_offsets(path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
-def safetensor(name: str, value: torch.Tensor) -> Damage:
-    return lambda path: save_file(load_file(path) | {name: value}, path)
+def safetensor(name: str, make: Callable[[], torch.Tensor]) -> Damage:
+    return lambda path: save_file(load_file(path) | {name: make()}, path)
 
 
 def shard(name: str) -> Damage:
@@ -181,32 +181,48 @@ DAMAGES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         ("critic: found a dict", "at the top or below generator"),
     ),
     "keys that are numbers": (BASE, lambda p: torch.save({1: torch.zeros(1)}, p), ("found key 1",)),
-    "a number in a tensor's place": (BASE, tensor(PREFIXED, 1.5), (QUERY, "found a float")),
-    "a sparse tensor": (BASE, tensor(PREFIXED, torch.zeros(24, 24).to_sparse()), (QUERY, "layout sparse_coo")),
-    "a tensor without data": (BASE, tensor(PREFIXED, torch.zeros(24, 24, device="meta")), (QUERY, "without data")),
+    "a number in a tensor's place": (BASE, tensor(PREFIXED, lambda: 1.5), (QUERY, "found a float")),
+    "a sparse tensor": (BASE, tensor(PREFIXED, lambda: torch.zeros(24, 24).to_sparse()), (QUERY, "layout sparse_coo")),
+    "a tensor without data": (
+        BASE,
+        tensor(PREFIXED, lambda: torch.zeros(24, 24, device="meta")),
+        (QUERY, "without data"),
+    ),
     "a tensor missing": (BASE, without(PREFIXED), (QUERY, "found nothing of that name", "expected [24, 24]")),
     "a tensor renamed": (BASE, renamed(PREFIXED, "model.x\n\x1b[31m"), (QUERY, r"found x\n\x1b[31m instead")),
-    "a tensor twice": (BASE, tensor(QUERY, torch.zeros(24, 24)), (QUERY, "found it twice", "expected it once")),
+    "a tensor twice": (BASE, tensor(QUERY, lambda: torch.zeros(24, 24)), (QUERY, "found it twice", "expected it once")),
     "a further tensor": (
         BASE,
-        tensor("model.further", torch.zeros(3)),
+        tensor("model.further", lambda: torch.zeros(3)),
         ("tensor further", "found [3]", "expected none"),
     ),
-    "another shape": (BASE, tensor(PREFIXED, torch.zeros(24, 12)), (QUERY, "found [24, 12]", "expected [24, 24]")),
-    "no dimensions": (BASE, tensor(PREFIXED, torch.tensor(1.0)), (QUERY, "found []", "expected [24, 24]")),
+    "another shape": (
+        BASE,
+        tensor(PREFIXED, lambda: torch.zeros(24, 12)),
+        (QUERY, "found [24, 12]", "expected [24, 24]"),
+    ),
+    "no dimensions": (BASE, tensor(PREFIXED, lambda: torch.tensor(1.0)), (QUERY, "found []", "expected [24, 24]")),
     "integers": (
         BASE,
-        tensor(PREFIXED, torch.ones(24, 24, dtype=torch.int8)),
+        tensor(PREFIXED, lambda: torch.ones(24, 24, dtype=torch.int8)),
         (QUERY, "found int8", "float32, bfloat16"),
     ),
-    "float64": (BASE, tensor(PREFIXED, torch.ones(24, 24, dtype=torch.float64)), (QUERY, "found float64")),
-    "complex": (BASE, tensor(PREFIXED, torch.ones(24, 24, dtype=torch.complex64)), (QUERY, "found complex64")),
-    "NaN": (BASE, tensor(PREFIXED, torch.full((24, 24), torch.nan)), (QUERY, "found NaN or infinity", "finite")),
-    "infinity in the VAE": (VAE, tensor("conv2.bias", torch.full((16,), -torch.inf)), ("conv2.bias", "infinity")),
+    "float64": (BASE, tensor(PREFIXED, lambda: torch.ones(24, 24, dtype=torch.float64)), (QUERY, "found float64")),
+    "complex": (BASE, tensor(PREFIXED, lambda: torch.ones(24, 24, dtype=torch.complex64)), (QUERY, "found complex64")),
+    "NaN": (
+        BASE,
+        tensor(PREFIXED, lambda: torch.full((24, 24), torch.nan)),
+        (QUERY, "found NaN or infinity", "finite"),
+    ),
+    "infinity in the VAE": (
+        VAE,
+        tensor("conv2.bias", lambda: torch.full((16,), -torch.inf)),
+        ("conv2.bias", "infinity"),
+    ),
     "VAE truncated": (VAE, cut(0.5), ("not a readable torch file", "truncated")),
     "VAE of another width": (
         VAE,
-        tensor("decoder.head.2.weight", torch.zeros(3, 9, 3, 3, 3)),
+        tensor("decoder.head.2.weight", lambda: torch.zeros(3, 9, 3, 3, 3)),
         ("decoder.head.2.weight", "found [3, 9, 3, 3, 3]", "expected [3, 8, 3, 3, 3]"),
     ),
     "VAE without an encoder": (
@@ -217,7 +233,7 @@ DAMAGES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "text encoder without a norm": (TEXT, without("norm.weight"), ("tensor norm.weight", "expected [16]")),
     "text encoder of another vocabulary": (
         TEXT,
-        tensor("token_embedding.weight", torch.zeros(999, 16)),
+        tensor("token_embedding.weight", lambda: torch.zeros(999, 16)),
         ("token_embedding.weight", "found [999, 16]", "expected [1000, 16]"),
     ),
     "text encoder gone": (TEXT, Path.unlink, ("text encoder not found", TEXT)),
@@ -227,7 +243,7 @@ DAMAGES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         (LORA_A, "found [2, 24]", "expected [4, 24]", "model.lora.rank (now 4)"),
     ),
     "LoRA with a half": (LORA, without(LORA_A), (LORA_A, "expected [4, 24]")),
-    "LoRA with NaN": (LORA, tensor(LORA_A, torch.full((4, 24), torch.nan)), (LORA_A, "found NaN")),
+    "LoRA with NaN": (LORA, tensor(LORA_A, lambda: torch.full((4, 24), torch.nan)), (LORA_A, "found NaN")),
     "LoRA gone": (LORA, Path.unlink, ("LoRA not found", LORA)),
     "safetensors empty": (SINGLE, content(b""), ("found an empty file", "expected a safetensors file")),
     "safetensors truncated": (SINGLE, cut(0.6), ("not a readable safetensors file", "truncated")),
@@ -238,10 +254,14 @@ DAMAGES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
         lambda p: torch.save({"a": torch.zeros(1)}, p),
         ("found a zip file", "expected a safetensors file"),
     ),
-    "safetensors of integers": (SINGLE, safetensor(QUERY, torch.ones(24, 24, dtype=torch.int64)), (QUERY, "found I64")),
+    "safetensors of integers": (
+        SINGLE,
+        safetensor(QUERY, lambda: torch.ones(24, 24, dtype=torch.int64)),
+        (QUERY, "found I64"),
+    ),
     "safetensors of another shape": (
         SINGLE,
-        safetensor(QUERY, torch.zeros(12, 24)),
+        safetensor(QUERY, lambda: torch.zeros(12, 24)),
         (QUERY, "found [12, 24]", "expected [24, 24]"),
     ),
     "index that is no JSON": (INDEX, content(b"{"), ("not a readable index",)),

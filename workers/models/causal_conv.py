@@ -17,7 +17,7 @@ ConvKind = Literal["plain", "stacked"]
 Cache = dict[int, Tensor]
 """Last input frames of every causal convolution, by its number, [(kernel - 1) * B, H, W, C]."""
 SMALLEST_SQUARE = 1e-24
-"""Added to a mean of squares: the square of the 1e-12 that Wan 2.1 (wan/modules/vae.py, F.normalize) allows a length."""
+"""Added to a mean of squares: the square of the shortest length, 1e-12, in Wan 2.1 (wan/modules/vae.py)."""
 
 
 class CausalConv3d(nn.Module):
