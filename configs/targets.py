@@ -50,7 +50,14 @@ def parse_target(text: str) -> Target:
         raise ConfigError(f"output: found {text}, {EXPECTED}; for a file of that name write ./{text}")
     if Path(text).suffix.lower() != ".mp4":
         raise ConfigError(f"output {text}: found ending {Path(text).suffix or 'none'}, expected .mp4")
-    return Target("file", text, Path(text).expanduser(), text)
+    return Target("file", text, _at_home(text), text)
+
+
+def _at_home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"output {text}: no home folder known for it, expected a path written in full") from error
 
 
 def _rtmp(text: str) -> Target:
@@ -88,7 +95,13 @@ def check_target(target: Target) -> None:
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"output {target.text}: folder {folder} is not writable; choose another with --out")
-    if target.path.is_dir():
+    try:
+        is_folder = target.path.is_dir()
+    except OSError as error:
+        raise ConfigError(
+            f"output {target.text}: no such file can be: {error.strerror}; choose another name"
+        ) from error
+    if is_folder:
         raise ConfigError(f"output {target.text}: found a directory, expected a file name")
 
 

@@ -34,9 +34,11 @@ def _unpack(data: bytes) -> Any:
 
 
 def _first_problem(error: ValidationError) -> str:
+    """Where and what. A key that no message has comes from the peer, so it is payload and never repeated."""
     problem = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "message"
-    return f"{where}: {problem['msg']}"
+    place = problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]
+    where = ".".join(str(part) for part in place) or "message"
+    return f"{where[:200]}: {problem['msg']}"
 
 
 class Codec:

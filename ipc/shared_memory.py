@@ -8,7 +8,6 @@ import errno
 import fcntl
 import mmap
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from ipc.errors import RingError
@@ -64,9 +63,8 @@ class SharedMemory:
         """Gives the memory back; views that are still in use keep the mapping until they go."""
         if self.fd < 0:
             return
-        self.buffer.release()
-        with suppress(BufferError):
-            self._map.close()
+        # Dropped, not unmapped: a tensor made of the buffer refers to it but exports nothing that would refuse.
+        del self.buffer, self._map
         os.close(self.fd)
         self.fd = -1
 

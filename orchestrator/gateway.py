@@ -88,7 +88,7 @@ class ClientDesk:
         except Refused as refusal:
             self._answer(envelope.id, Rejected(code=refusal.code, text=str(refusal)))
         except ProtocolError as error:
-            self._answer(envelope.id, Rejected(code="bad_message", text=str(error)))
+            self._answer(envelope.id, Rejected(code="bad_message", text=str(error)[:1000]))
 
     def _carry_out(self, version: int, identifier: str, kind: str, body: dict[str, object]) -> None:
         if version != PROTOCOL_VERSION:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+from command import until
 from video_file import FFMPEG
 
 
@@ -26,6 +27,13 @@ class RtmpServer:
             ],
             stdin=subprocess.DEVNULL,
         )
+        until(self._listens, 20)
+
+    def _listens(self) -> bool:
+        """Whether the port takes connections; not tried, because the server takes only one (proc(5), net/tcp)."""
+        lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+        fields = (line.split() for line in lines)
+        return any(local.endswith(f":{self.port:04X}") and state == "0A" for _, local, _, state, *_ in fields)
 
     def wait(self, timeout_s: float = 30) -> None:
         """Until the stream ended and the recording is closed."""

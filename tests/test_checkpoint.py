@@ -1,5 +1,6 @@
 """Weights files: every published form loads to the same weights, held once, and files that are missing are named."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -109,6 +110,7 @@ class Peak(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before hides what is taken now
         self.before = self.most = private_bytes()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

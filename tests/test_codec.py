@@ -91,7 +91,6 @@ def test_an_error_does_not_repeat_the_payload() -> None:
 LONG_KEY = {"v": 1, "id": "a", "type": "status.get", "body": {}, "key" * 10_000: 1}
 
 
-@pytest.mark.xfail(strict=True, reason="an unknown key is repeated in full; the daemon's answer then exceeds its limit")
 @pytest.mark.parametrize(
     "decode",
     [

@@ -76,7 +76,7 @@ def test_endless_stream_stays_finite_and_memory_flat() -> None:
         latents = rollout.denoise_block(noise)
     assert rollout.block * stream.frames_per_block >= 2000
     assert 0.01 < float(latents.std()) < 100
-    assert tensors() == before
+    assert all(now <= then for now, then in zip(tensors(), before, strict=True))
     assert psutil.Process().memory_info().rss - bytes_before < 8 * 2**20
 
 

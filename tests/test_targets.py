@@ -92,3 +92,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert next_free(path) == tmp_path / "a-1.mp4"
     (tmp_path / "a-1.mp4").write_text("")
     assert next_free(path) == tmp_path / "a-2.mp4"
+
+
+def test_a_name_that_no_file_can_have_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="File name too long"):
+        check_target(parse_target(f"{tmp_path}/{'x' * 300}.mp4"))
+    with pytest.raises(ConfigError, match="no home folder"):
+        parse_target("~nobody-9/a.mp4")

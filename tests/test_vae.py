@@ -101,6 +101,19 @@ def test_a_cleared_cache_leaves_a_seam() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "stacked"])
+def test_videos_of_a_batch_do_not_mix(kind: ConvKind) -> None:
+    """Frames and videos share the first dimension inside; each video must come out as it does alone."""
+    decoder = with_random_weights(VaeDecoder(small_config(), kind))
+    latents = torch.randn(2, 3, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([decode_all(decoder, video[None]) for video in latents])
+    assert relative_error(decode_all(decoder, latents), alone) <= 1e-5
+    encoder = with_random_weights(VaeEncoder(small_config(), kind))
+    video = torch.rand(2, 9, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    alone = torch.cat([encoder.encode(one[None]) for one in video])
+    assert relative_error(encoder.encode(video), alone) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["plain", "stacked"])
 def test_cache_holds_no_more_than_it_needs(kind: ConvKind) -> None:
     """A cached view would keep a layer's whole input alive, gigabytes at full size."""
     decoder = with_random_weights(VaeDecoder(small_config(), kind))

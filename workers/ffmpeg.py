@@ -5,6 +5,7 @@ RTMP goes through the fifo muxer, so that a dead or frozen server never blocks u
 """
 
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -21,6 +22,8 @@ GOP_SECONDS = 2
 LAST_LINES = 20
 TERM_S = 5.0
 """How long ffmpeg may take to end after its one SIGTERM."""
+STUCK_S = 10.0
+"""How long ffmpeg may leave a frame lying before it counts as stuck."""
 
 
 def find_ffmpeg(explicit: Path | None) -> Path:
@@ -35,30 +38,43 @@ def find_ffmpeg(explicit: Path | None) -> Path:
     else:
         path = explicit
     try:
-        ran = subprocess.run([path, "-version"], capture_output=True, timeout=20, check=False, stdin=subprocess.DEVNULL)
+        version, encoders = (_answer(path, question) for question in ("-version", "-encoders"))
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"ffmpeg {path}: cannot be run ({error}); pass --ffmpeg PATH") from error
-    if ran.returncode != 0 or not ran.stdout.startswith(b"ffmpeg version"):
+    if not version.startswith(b"ffmpeg version"):
         raise InputError(f"ffmpeg {path}: does not answer as ffmpeg does; pass --ffmpeg PATH")
+    if b" libx264 " not in encoders:
+        raise InputError(
+            f"ffmpeg {path}: found no encoder libx264 in it, expected one; pass another with --ffmpeg PATH"
+        )
     return path
 
 
+def _answer(ffmpeg: Path, question: str) -> bytes:
+    return subprocess.run(
+        [ffmpeg, question], capture_output=True, timeout=20, check=False, stdin=subprocess.DEVNULL
+    ).stdout
+
+
 def file_command(ffmpeg: Path, path: Path, video: VideoConfig, output: OutputConfig) -> list[str]:
-    """H.264 yuv420p in fragmented MP4 (ffmpeg's muxer page, `movflags`)."""
+    """H.264 yuv420p in fragmented MP4 (ffmpeg's muxer page, `movflags`), into a file that the caller has claimed."""
     return [
         *_reads_frames(ffmpeg, video),
         *_h264(video),
         *("-preset", "veryfast", "-crf", str(output.crf)),
         *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
-        *("-f", "mp4", "-n", f"file:{path}"),
+        *("-f", "mp4", "-y", f"file:{path}"),
     ]
 
 
 def rtmp_command(ffmpeg: Path, address: str, video: VideoConfig, output: OutputConfig) -> list[str]:
-    """H.264 yuv420p and silent AAC in FLV, through a queue that reconnects (ffmpeg's muxer page, `fifo`)."""
+    """H.264 yuv420p and silent AAC in FLV, through a queue that reconnects (ffmpeg's muxer page, `fifo`).
+
+    It logs at `info`, because only there it says that it has the server again.
+    """
     rate = f"{output.live_bitrate_kbit}k"
     return [
-        *_reads_frames(ffmpeg, video),
+        *_reads_frames(ffmpeg, video, loglevel="level+info"),
         *("-f", "lavfi", "-i", "anullsrc=channel_layout=stereo:sample_rate=44100"),
         *("-map", "0:v", "-map", "1:a", "-shortest"),
         *_h264(video),
@@ -71,9 +87,9 @@ def rtmp_command(ffmpeg: Path, address: str, video: VideoConfig, output: OutputC
     ]
 
 
-def _reads_frames(ffmpeg: Path, video: VideoConfig) -> list[str]:
+def _reads_frames(ffmpeg: Path, video: VideoConfig, loglevel: str = "level+warning") -> list[str]:
     return [
-        *(str(ffmpeg), "-hide_banner", "-loglevel", "warning", "-nostats"),
+        *(str(ffmpeg), "-hide_banner", "-loglevel", loglevel, "-nostats"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{video.width}x{video.height}"),
         *("-framerate", str(video.fps), "-thread_queue_size", "64", "-i", "pipe:0"),
     ]
@@ -92,11 +108,16 @@ class Ffmpeg:
     Args:
         command: its arguments, the program first.
         target: whose address is hidden in what it says.
+        stuck_s: how long it may leave a frame lying before it counts as stuck.
+
+    Attributes:
+        cut_off: whether it has no connection to its server and tries to get one.
     """
 
-    def __init__(self, command: Sequence[str], target: Target) -> None:
-        self._target = target
+    def __init__(self, command: Sequence[str], target: Target, stuck_s: float = STUCK_S) -> None:
+        self._target, self._stuck_s = target, stuck_s
         self._lines: deque[str] = deque(maxlen=LAST_LINES)
+        self.cut_off = False
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -107,6 +128,9 @@ class Ffmpeg:
         )
         assert self._process.stdin is not None and self._process.stderr is not None
         self._stdin = self._process.stdin
+        os.set_blocking(self._stdin.fileno(), False)
+        self._room = select.poll()
+        self._room.register(self._stdin.fileno(), select.POLLOUT)
         self._reader = threading.Thread(target=self._read, name="ffmpeg stderr", daemon=True)
         self._reader.start()
 
@@ -119,10 +143,19 @@ class Ffmpeg:
         """The last line it wrote, redacted."""
         return self._lines[-1] if self._lines else ""
 
+    def said(self, phrases: Sequence[str]) -> str:
+        """The last line it wrote that has one of these phrases, redacted; empty if there is none."""
+        return next((line for line in reversed(self._lines) if any(phrase in line for phrase in phrases)), "")
+
     def write(self, frame: bytes) -> None:
-        """One whole frame; blocks while ffmpeg's input is full. Raises BrokenPipeError when it is gone."""
+        """One whole frame; waits while ffmpeg's input is full.
+
+        Raises BrokenPipeError when it is gone, TimeoutError when it takes nothing for too long.
+        """
         view = memoryview(frame)
         while view:
+            if not self._room.poll(self._stuck_s * 1000):
+                raise TimeoutError(f"ffmpeg took no frame for {self._stuck_s:g} s")
             view = view[os.write(self._stdin.fileno(), view) :]
 
     def alive(self) -> bool:
@@ -160,5 +193,7 @@ class Ffmpeg:
         assert self._process.stderr is not None
         for raw in self._process.stderr:
             line = " ".join(raw.decode("utf-8", "replace").split())
-            if line:
+            if line.startswith("[fifo @"):
+                self.cut_off = "Recovery successful" not in line and (self.cut_off or "Error opening" in line)
+            if line and "[info]" not in line:
                 self._lines.append(line.replace(self._target.text, self._target.redacted))

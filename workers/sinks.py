@@ -12,14 +12,17 @@ from typing import Protocol
 
 from configs.schema import OutputConfig, VideoConfig
 from configs.targets import Target, next_free
+from ipc.errors import InputError
 from ipc.messages import SinkStatus
 from workers.ffmpeg import Ffmpeg, file_command, rtmp_command
 
 QUEUE_SECONDS = 2
 """Video a sink may be behind."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
-MOST_FAILURES = 5
-"""Deaths of ffmpeg without a second of video between them, after which a sink gives up."""
+MOST_FAILURES, FORGIVEN_S = 5, 10
+"""Deaths of ffmpeg without this many seconds of video between them, after which a sink gives up."""
+NO_SPACE = ("No space left on device", "File too large", "Disk quota exceeded", "Read-only file system")
+"""What ffmpeg says when the next segment could not be written either (errno(3))."""
 
 
 class Sink(Protocol):
@@ -109,7 +112,7 @@ class FfmpegSink:
         self._frames = self._dropped = 0
         self._abort = threading.Event()
         self._finishing = False
-        self._ffmpeg = self._start()
+        self._start()
         self._thread = threading.Thread(target=self._run, name=f"sink {target.kind}", daemon=True)
         self._thread.start()
 
@@ -139,16 +142,16 @@ class FfmpegSink:
     def status(self) -> SinkStatus:
         return SinkStatus(
             target=self._target.redacted,
-            state=self._state,
+            state="reconnecting" if self._state == "open" and self._ffmpeg.cut_off else self._state,
             frames=self._frames,
             dropped=self._dropped,
             segment=None if self._segment is None else str(self._segment),
             error=(self._error or self._ffmpeg.last_words)[:4000] or None,
         )
 
-    def _start(self) -> Ffmpeg:
+    def _start(self) -> None:
         command, self._segment = self._command()
-        return Ffmpeg(command, self._target)
+        self._ffmpeg = Ffmpeg(command, self._target)
 
     def _run(self) -> None:
         failures, written = 0, 0
@@ -156,34 +159,48 @@ class FfmpegSink:
             while not self._abort.is_set() and self._state != "failed":
                 try:
                     self._ffmpeg.write(frame)
-                except OSError:
-                    failures = 1 if written > self._fps else failures + 1
+                except OSError as error:
+                    failures = 1 if written > FORGIVEN_S * self._fps else failures + 1
                     written = 0
-                    self._recover(failures)
+                    self._recover(failures, error)
                     continue
-                self._frames += 1
                 written += 1
+                if self._ffmpeg.cut_off:
+                    self._dropped += 1
+                else:
+                    self._frames += 1
                 break
             else:
                 self._dropped += 1
         self._close()
 
-    def _recover(self, failures: int) -> None:
-        """After ffmpeg died: a pause, then another one with a new segment; or the end, after too many deaths."""
+    def _recover(self, failures: int, error: OSError) -> None:
+        """After ffmpeg died: a pause, then another one with a new segment; or the end, where that cannot help."""
         self._ffmpeg.kill()
-        self._error = self._ffmpeg.last_words or "ffmpeg ended"
-        if failures >= MOST_FAILURES:
+        no_space = self._ffmpeg.said(NO_SPACE)
+        self._error = no_space or self._ffmpeg.last_words or str(error)
+        self._drop_empty_segment()
+        if no_space or failures >= MOST_FAILURES:
             self._state = "failed"
             return
         self._state = "restarting"
         if self._abort.wait(min(FIRST_PAUSE_S * 2 ** (failures - 1), LONGEST_PAUSE_S)):
             return
-        self._ffmpeg = self._start()
+        try:
+            self._start()
+        except OSError as again:
+            self._recover(failures + 1, again)
+            return
         self._state = "open"
+
+    def _drop_empty_segment(self) -> None:
+        if self._segment is not None and self._segment.exists() and self._segment.stat().st_size == 0:
+            self._segment.unlink()
 
     def _close(self) -> None:
         if self._state == "failed" or self._abort.is_set():
             self._ffmpeg.kill()
+            self._state = "failed" if self._state == "failed" else "aborted"
             return
         code = self._ffmpeg.close(self._close_s)
         if code != 0 and self._target.kind == "file":
@@ -194,12 +211,20 @@ class FfmpegSink:
 
 
 def open_sinks(targets: Sequence[Target], ffmpeg: Path | None, output: OutputConfig, video: VideoConfig) -> list[Sink]:
-    """Opens all outputs; files get every frame unless playout is paced.
+    """Opens all outputs; files get every frame unless playout is paced. Raises InputError.
 
     Args:
         ffmpeg: the program; None where every target is `null:`.
     """
-    return [_open(target, ffmpeg, output, video) for target in targets]
+    sinks: list[Sink] = []
+    for target in targets:
+        try:
+            sinks.append(_open(target, ffmpeg, output, video))
+        except OSError as error:
+            for sink in sinks:
+                sink.abort()
+            raise InputError(f"output {target.redacted}: cannot be opened: {error.strerror}; choose another") from error
+    return sinks
 
 
 def _open(target: Target, ffmpeg: Path | None, output: OutputConfig, video: VideoConfig) -> Sink:
@@ -221,7 +246,7 @@ def _open(target: Target, ffmpeg: Path | None, output: OutputConfig, video: Vide
     wanted = target.path
 
     def next_segment() -> tuple[list[str], Path | None]:
-        path = next_free(wanted)
+        path = _claim(wanted)
         return file_command(ffmpeg, path, video, output), path
 
     return FfmpegSink(
@@ -233,3 +258,14 @@ def _open(target: Target, ffmpeg: Path | None, output: OutputConfig, video: Vide
         fps=video.fps,
         close_s=20.0,
     )
+
+
+def _claim(wanted: Path) -> Path:
+    """Makes the next free file, so that no other output and no other program takes the name before ffmpeg writes."""
+    while True:
+        path = next_free(wanted)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
