@@ -34,6 +34,14 @@ class Target:
     path: Path | None
     redacted: str
 
+    def redact(self, line: str) -> str:
+        """A line of somebody else's words without this target's secrets: the address, and its key alone."""
+        line = line.replace(self.text, self.redacted)
+        key = self.text.partition("://")[2].partition("/")[2].partition("/")[2]
+        for secret in {key, key.partition("?")[0]} - {""} if self.kind == "rtmp" else ():
+            line = line.replace(secret, "***")
+        return line
+
 
 def parse_target(text: str) -> Target:
     """The target that a word names. Raises ConfigError."""

@@ -99,3 +99,9 @@ def test_a_name_that_no_file_can_have_is_said(tmp_path: Path) -> None:
         check_target(parse_target(f"{tmp_path}/{'x' * 300}.mp4"))
     with pytest.raises(ConfigError, match="no home folder"):
         parse_target("~nobody-9/a.mp4")
+
+
+def test_a_key_is_not_shown_by_itself_either() -> None:
+    target = parse_target("rtmp://host/live/topsecret?auth=1")
+    line = "error: topsecret is no stream; rtmp://host/live/topsecret?auth=1 refused topsecret?auth=1"
+    assert target.redact(line) == "error: *** is no stream; rtmp://host/live/*** refused ***"

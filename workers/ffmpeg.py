@@ -196,4 +196,4 @@ class Ffmpeg:
             if line.startswith("[fifo @"):
                 self.cut_off = "Recovery successful" not in line and (self.cut_off or "Error opening" in line)
             if line and "[info]" not in line:
-                self._lines.append(line.replace(self._target.text, self._target.redacted))
+                self._lines.append(self._target.redact(line))
