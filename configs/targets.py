@@ -38,8 +38,8 @@ class Target:
         """A line of somebody else's words without this target's secrets: the address, and its key alone."""
         line = line.replace(self.text, self.redacted)
         key = self.text.partition("://")[2].partition("/")[2].partition("/")[2]
-        for secret in {key, key.partition("?")[0]} - {""} if self.kind == "rtmp" else ():
-            line = line.replace(secret, "***")
+        for secret in (key, key.partition("?")[0]):
+            line = line.replace(secret, "***") if secret and self.kind == "rtmp" else line
         return line
 
 

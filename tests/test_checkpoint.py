@@ -128,7 +128,7 @@ class Peak(TorchDispatchMode):
         return out
 
 folder = Path(sys.argv[1])
-wide = [f"model.transformer.{key}" for key in ("dim=512", "ffn_dim=2048", "num_layers=6")]
+wide = [f"model.transformer.{key}" for key in ("dim=512", "ffn_dim=2048", "num_layers=3")]
 model = load_config("pocket", [*TINY, *wide]).model.model_copy(update={"path": folder})
 lora = LoraConfig(rank=4, alpha=4)
 SCRIPT["write"](model, folder)
@@ -148,7 +148,7 @@ for source in (BASE, SINGLE):
 
 
 def test_weights_are_held_once(tmp_path: Path) -> None:
-    """The most that loading holds, mapped files aside, is the model and, for a LoRA, a layer in float32 and its sums.
+    """The most that loading holds, mapped files aside, is the model and, for a LoRA, one layer in float32.
 
     In a process of its own whose allocator gives freed tensors back at once: else what was freed before would hide
     what is taken now.
@@ -159,8 +159,8 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
     cases = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(cases) == 8
     for source, adapted, dtype, whole, layer, most in cases:
-        assert whole > 50e6
-        allowed = whole + (2 * layer if adapted else layer / 2)
+        assert whole > 25e6
+        allowed = whole + layer * (1.25 if adapted else 0.25)
         assert most < allowed, f"{source} LoRA={adapted} {dtype}: {most / 1e6:.0f} MB, model {whole / 1e6:.0f} MB"
 
 
