@@ -7,6 +7,7 @@ Knows the wire and the run directory, nothing of the model. `orchestrator.async_
 """
 
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -52,13 +53,15 @@ class Client:
         self._streams: list[EventStream] = []
         control, self._events_address = addresses(self._directory)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # A client that nobody closed must not make the garbage collector wait for a daemon that is gone.
+        self._finalizer = weakref.finalize(self, self._context.destroy, 0)
         try:
             self._control = _Link(self._context, zmq.DEALER, control, self._directory)
             self._on_air = _Link(self._context, zmq.SUB, self._events_address, self._directory, ON_AIR_PREFIX)
             self._control.wait_up(timeout_s)
             self._on_air.wait_up(timeout_s)
         except BaseException:
-            self._context.destroy(linger=0)
+            self._finalizer()
             raise
 
     def prompt(self, text: str, at: int | None = None) -> "PromptHandle":
@@ -125,7 +128,7 @@ class Client:
             stream.close()
         self._control.close()
         self._on_air.close()
-        self._context.term()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self

@@ -38,6 +38,7 @@ class Live:
         self.command = command
         self.process = process
         self.family: list[psutil.Process] = []
+        self.clients: list[Client] = []
 
     def client(self) -> Client:
         """Connected; the daemon may still be warming up."""
@@ -45,13 +46,13 @@ class Live:
         def connects() -> bool:
             assert self.process.poll() is None, self.process.communicate()[0]
             try:
-                self._client = Client(self.command.run_directory)
+                self.clients.append(Client(self.command.run_directory))
             except NotRunning:
                 return False
             return True
 
         until(connects, 60)
-        return self._client
+        return self.clients[-1]
 
     def generating(self) -> Client:
         """Connected once frames are played."""
@@ -80,6 +81,8 @@ def start(command: Command) -> Iterator[Start]:
 
     yield begin
     for live in started:
+        for client in live.clients:
+            client.close()
         if live.process.poll() is None:
             left = family(live.process)
             live.process.kill()

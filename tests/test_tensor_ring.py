@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ipc.messages import FramesReady, Message
 from ipc.shared_memory import SharedMemory
 from ipc.slot_ring import Consumer, Owner, Producer, SlotRing, State, header_nbytes
 from ipc.tensor_ring import (
@@ -21,6 +22,7 @@ from ipc.tensor_ring import (
     TensorSpec,
     completion_for,
 )
+from workers.ports import RingReader, RingWriter
 from workers.spec import PassedFd
 
 CPU = torch.device("cpu")
@@ -173,6 +175,25 @@ def test_a_stream_goes_on_after_its_reader_is_killed() -> None:
     pipe.send("end")
     heir.join(50)
     assert heir.exitcode == 0
+
+
+def test_who_is_woken_finds_the_slot() -> None:
+    """The header tells of a slot before a message does: a reader that looks once when woken misses nothing."""
+    header = SlotRing(SharedMemory.create("header", header_nbytes(SLOTS)), SLOTS)
+    header.initialise()
+    reader = RingReader("frames", Consumer(header), FramesReady, lambda message: None)
+    found: list[Message | None] = []
+
+    def looks(_: Message) -> None:
+        took = reader.take()
+        found.append(None if took is None else took[1])
+
+    writer = RingWriter(Producer(header), completion_for(CPU).after, looks)
+    slot = writer.acquire()
+    assert slot is not None
+    message = FramesReady(ring="frames", epoch=1, slot=slot, block=0, version=0, first_frame=0, count=4, sent_ns=1)
+    writer.publish(slot, message)
+    assert found == [message]
 
 
 @needs_gpu
