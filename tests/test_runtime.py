@@ -275,6 +275,16 @@ def test_wrong_weights_end_the_start_in_one_line(command: Command, tmp_path: Pat
     assert not command.run_directory.exists()
 
 
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(command: Command) -> None:
+    done = command.run("start", "--set", "device=cuda", "--seconds", 1)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "no CUDA GPU" in errors[0]
+    assert "Traceback" not in done.stderr
+
+
 def frames_of(command: Command, folder: Path, name: str, prompts: list[str], *options: object) -> np.ndarray:
     """Frames of a short video with given prompts."""
     listed = folder / f"{name}.jsonl"

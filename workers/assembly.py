@@ -14,6 +14,7 @@ import zmq
 from configs.rings import RingName, history_shape, ring_specs
 from configs.schema import RuntimeConfig, StageName
 from ipc.channel import Outbox, endpoint
+from ipc.errors import ConfigError
 from ipc.messages import EmbedsReady, FramesReady, LatentsReady
 from ipc.shared_memory import SharedMemory
 from ipc.slot_ring import Consumer, Producer, SlotRing, Taken, header_nbytes
@@ -86,6 +87,7 @@ class Assembly:
         if device.type != "cuda":
             yield
             return
+        _check_gpu(name, device)
         torch.cuda.set_device(device)
         with torch.cuda.stream(torch.cuda.Stream(device)):
             yield
@@ -239,6 +241,16 @@ class Assembly:
         import torch
 
         return torch.device(self._config.stage(name).device or "cpu")
+
+
+def _check_gpu(name: StageName, device: "torch.device") -> None:
+    """Raises ConfigError where this process does not see the GPU it shall use."""
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) >= seen:
+        found = f"{seen} CUDA GPUs" if seen else "no CUDA GPU"
+        raise ConfigError(f"device of {name}: found {found}, expected one for {device}; set device=cpu or another")
 
 
 class FrameSlots:
