@@ -122,10 +122,11 @@ class Supervisor:
         return next((worker for worker in self.workers.values() if stage in worker.stages), None)
 
     def ready(self, stage: StageName) -> None:
-        """Notes that a stage is up."""
+        """Notes that a stage is up; only from now on must it make progress, however long it took to load."""
         worker = self.of_stage(stage)
         if worker is not None:
             worker.ready.add(stage)
+            worker.seen[stage] = (-1, self._clock())
 
     def heartbeat(self, beat: Heartbeat) -> None:
         """Notes a stage's progress."""
