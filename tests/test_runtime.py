@@ -302,7 +302,6 @@ def test_a_prompt_matters_from_its_frame_on(command: Command, tmp_path: Path) ->
     other = frames_of(command, tmp_path, "other", ["a blue star"])
     applied = 12 * 3 - 3
     differs = (same != switched).any((1, 2, 3))
-    assert not differs[: applied - 32].any()
-    assert np.array_equal(same[: applied - 32], switched[: applied - 32])
+    assert not differs[:applied].any()
     assert differs[applied:].all()
     assert (same != other).any((1, 2, 3)).all()

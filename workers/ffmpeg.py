@@ -57,11 +57,14 @@ def _answer(ffmpeg: Path, question: str) -> bytes:
 
 
 def file_command(ffmpeg: Path, path: Path, video: VideoConfig, output: OutputConfig) -> list[str]:
-    """H.264 yuv420p in fragmented MP4 (ffmpeg's muxer page, `movflags`), into a file that the caller has claimed."""
+    """H.264 yuv420p in fragmented MP4 (ffmpeg's muxer page, `movflags`), into a file that the caller has claimed.
+
+    The encoder looks at no later frame: videos of equal frames are equal up to the first that differs.
+    """
     return [
         *_reads_frames(ffmpeg, video),
         *_h264(video),
-        *("-preset", "veryfast", "-crf", str(output.crf)),
+        *("-preset", "veryfast", "-tune", "zerolatency", "-crf", str(output.crf)),
         *("-movflags", "+frag_keyframe+empty_moov+default_base_moof", "-flush_packets", "1"),
         *("-f", "mp4", "-y", f"file:{path}"),
     ]
