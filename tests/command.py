@@ -13,11 +13,13 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 class Command:
-    """`orchestrator` with a run directory of its own."""
+    """`orchestrator` with a run directory of its own, and if asked a folder for temporary files."""
 
-    def __init__(self, run_directory: Path) -> None:
+    def __init__(self, run_directory: Path, temporary: Path | None = None) -> None:
         self.run_directory = run_directory
         self._environment = {**os.environ, "LONGLIVE_RUN_DIR": str(run_directory), "PYTHONPATH": str(REPOSITORY)}
+        if temporary is not None:
+            self._environment["TMPDIR"] = str(temporary)
 
     def run(self, *arguments: object, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end."""
