@@ -4,11 +4,11 @@
          producer   producer  consumer consumer
 
 One producer, one consumer: each step has one side that takes it, so no lock is needed. A slot's meta and length are
-written before its state (x86-64 keeps the order of stores; the GIL's atomics order them elsewhere). Messages between
-the sides only wake. Knows nothing of what lies in a slot.
+written before its state (x86-64 keeps the order of stores; the GIL's atomics order them elsewhere). The header is made
+of aligned 8-byte words, each stored at once: the other side, or a death in between, never finds half of one. Messages
+between the sides only wake. Knows nothing of what lies in a slot.
 """
 
-import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -16,17 +16,16 @@ from ipc.errors import RingError
 from ipc.shared_memory import SharedMemory
 
 MAGIC = 0x4C4C5249
-VERSION = 1
+VERSION = 2
 META_BYTES = 1024
 """Room for a slot's announcing message."""
 
-_HEAD = struct.Struct("<IIIIQQ")  # magic, version, slots, padding, epoch, last sequence
-_SLOT = struct.Struct("<IIQ")  # state, meta length, sequence
-_SLOT_BYTES = _SLOT.size + META_BYTES
-_STATE = struct.Struct("<I")
-_EPOCH = struct.Struct("<Q")
-_EPOCH_AT = 16
-_SEQUENCE_AT = 24
+_WORD = 8
+_MAGIC, _VERSION, _SLOTS, _EPOCH, _LAST_SEQUENCE = range(5)
+_HEAD_WORDS = 5
+_STATE, _LENGTH, _SEQUENCE = range(3)
+_META_AT = 3 * _WORD
+_SLOT_BYTES = _META_AT + META_BYTES
 
 
 class State(IntEnum):
@@ -40,7 +39,7 @@ class State(IntEnum):
 
 def header_nbytes(slots: int) -> int:
     """Size of the header of a ring with that many slots."""
-    return _HEAD.size + slots * _SLOT_BYTES
+    return _HEAD_WORDS * _WORD + slots * _SLOT_BYTES
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,19 @@ class SlotRing:
         if memory.nbytes != header_nbytes(slots):
             raise RingError(f"ring header: found {memory.nbytes} bytes, expected {header_nbytes(slots)}")
         self._buffer = memory.buffer
+        # Not struct.pack_into: it zeroes its target first, and a state of zero is FREE to whoever looks just then.
+        self._words = memory.buffer.cast("Q")
         self.slots = slots
 
     def initialise(self) -> None:
         """Makes it a header with free slots and epoch 1; by its owner, once, before anybody else attaches."""
         self._buffer[:] = bytes(len(self._buffer))
-        _HEAD.pack_into(self._buffer, 0, MAGIC, VERSION, self.slots, 0, 1, 0)
+        for at, word in ((_VERSION, VERSION), (_SLOTS, self.slots), (_EPOCH, 1), (_MAGIC, MAGIC)):
+            self._words[at] = word
 
     def check(self) -> None:
         """Raises RingError unless this is an initialised header of as many slots."""
-        magic, version, slots, *_ = _HEAD.unpack_from(self._buffer, 0)
+        magic, version, slots = (self._words[at] for at in (_MAGIC, _VERSION, _SLOTS))
         if (magic, version, slots) != (MAGIC, VERSION, self.slots):
             raise RingError(
                 f"ring header: found magic {magic:#x}, version {version}, {slots} slots; expected {MAGIC:#x},"
@@ -84,15 +86,14 @@ class SlotRing:
     @property
     def epoch(self) -> int:
         """Rises when the memory behind the slots is another."""
-        epoch: int = _EPOCH.unpack_from(self._buffer, _EPOCH_AT)[0]
-        return epoch
+        return self._words[_EPOCH]
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        _EPOCH.pack_into(self._buffer, _EPOCH_AT, value)
+        self._words[_EPOCH] = value
 
     def state(self, slot: int) -> State:
-        return State(_STATE.unpack_from(self._buffer, self._at(slot))[0])
+        return State(self._words[self._at(slot) + _STATE])
 
     def states(self) -> list[State]:
         return [self.state(slot) for slot in range(self.slots)]
@@ -103,24 +104,23 @@ class SlotRing:
 
     def sequence(self, slot: int) -> int:
         """The number under which a slot was last published; numbers rise."""
-        sequence: int = _SLOT.unpack_from(self._buffer, self._at(slot))[2]
-        return sequence
+        return self._words[self._at(slot) + _SEQUENCE]
 
     def meta(self, slot: int) -> bytes:
         """The bytes a slot was announced by."""
-        at = self._at(slot)
-        length = _SLOT.unpack_from(self._buffer, at)[1]
-        return bytes(self._buffer[at + _SLOT.size : at + _SLOT.size + length])
+        begin = self._at(slot) * _WORD + _META_AT
+        return bytes(self._buffer[begin : begin + self._words[self._at(slot) + _LENGTH]])
 
     def put(self, slot: int, meta: bytes) -> None:
         """Writes a slot's meta under the next sequence number; its state stays."""
         if len(meta) > META_BYTES:
             raise RingError(f"slot {slot}: meta of {len(meta)} bytes, at most {META_BYTES} fit")
-        sequence = _EPOCH.unpack_from(self._buffer, _SEQUENCE_AT)[0] + 1
-        _EPOCH.pack_into(self._buffer, _SEQUENCE_AT, sequence)
         at = self._at(slot)
-        self._buffer[at + _SLOT.size : at + _SLOT.size + len(meta)] = meta
-        _SLOT.pack_into(self._buffer, at, self.state(slot), len(meta), sequence)
+        begin = at * _WORD + _META_AT
+        self._buffer[begin : begin + len(meta)] = meta
+        self._words[at + _LENGTH] = len(meta)
+        self._words[_LAST_SEQUENCE] += 1
+        self._words[at + _SEQUENCE] = self._words[_LAST_SEQUENCE]
 
     def move(self, slot: int, before: State, after: State) -> None:
         """One step of a slot. Raises RingError if it is in another state than the step begins with."""
@@ -130,12 +130,13 @@ class SlotRing:
         self.set(slot, after)
 
     def set(self, slot: int, state: State) -> None:
-        _STATE.pack_into(self._buffer, self._at(slot), state)
+        self._words[self._at(slot) + _STATE] = state
 
     def _at(self, slot: int) -> int:
+        """Index of a slot's first word."""
         if not 0 <= slot < self.slots:
             raise RingError(f"slot {slot}: this ring has {self.slots}")
-        return _HEAD.size + slot * _SLOT_BYTES
+        return _HEAD_WORDS + slot * (_SLOT_BYTES // _WORD)
 
 
 class Producer:
@@ -174,17 +175,29 @@ class Consumer:
 
     def take(self) -> Taken | None:
         """The oldest ready slot, now ours to read; None if there is none."""
+        epoch = self.ring.epoch
+        if not self.ring.find(State.READY):
+            return None
+        # Looked for again: what was published before a slot seen just now may lie in one looked at earlier.
         ready = self.ring.find(State.READY)
         if not ready:
-            return None
+            return None  # the owner raised the epoch meanwhile
         slot = ready[0]
-        self.ring.move(slot, State.READY, State.HELD)
-        return Taken(slot, self.ring.epoch, self.ring.sequence(slot), self.ring.meta(slot))
+        self.ring.set(slot, State.HELD)
+        if self.ring.epoch != epoch:
+            self.ring.set(slot, State.FREE)  # the owner may have freed it before we took it
+            return None
+        return Taken(slot, epoch, self.ring.sequence(slot), self.ring.meta(slot))
 
     def release(self, taken: Taken) -> None:
         """Frees a slot; one of an older epoch is no longer ours to free, and nothing happens."""
-        if taken.epoch == self.ring.epoch:
-            self.ring.move(taken.slot, State.HELD, State.FREE)
+        found = self.ring.state(taken.slot)
+        if taken.epoch != self.ring.epoch:
+            return
+        # The epoch is raised before slots are freed: a state read before an epoch that is still ours is ours as well.
+        if found != State.HELD:
+            raise RingError(f"slot {taken.slot}: found {found.name}, expected HELD")
+        self.ring.set(taken.slot, State.FREE)
 
 
 class Owner:

@@ -1,5 +1,9 @@
 """The ring's header: who owns a slot when, in which order slots are read, and what deaths leave behind."""
 
+import multiprocessing
+import os
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +11,7 @@ from hypothesis import strategies as st
 from ipc.errors import RingError
 from ipc.shared_memory import SharedMemory
 from ipc.slot_ring import META_BYTES, Consumer, Owner, Producer, SlotRing, State, header_nbytes
+from workers.spec import PassedFd
 
 
 def new_ring(slots: int = 3) -> SlotRing:
@@ -153,6 +158,83 @@ def test_new_epoch_voids_what_was_before(ring: SlotRing) -> None:
     assert (new.slot, new.epoch, new.meta) == (slot, 2, b"new")
     consumer.release(old)
     assert ring.state(new.slot) is State.HELD
+
+
+class Interrupted(SlotRing):
+    """A view of a ring during which another process acts: once, right after its n-th look at a slot's state."""
+
+    def __init__(self, memory: SharedMemory, slots: int, acts: Callable[[], object], look: int = 1) -> None:
+        super().__init__(memory, slots)
+        self._acts = acts
+        self._looks_left = look
+
+    def state(self, slot: int) -> State:
+        found = super().state(slot)
+        self._looks_left -= 1
+        if self._looks_left == 0:
+            self._acts()
+        return found
+
+
+def test_what_is_published_during_a_look_is_not_read_out_of_order() -> None:
+    """The consumer saw slot 0 not yet ready; then 0 and 1 became ready, in this order."""
+    memory = SharedMemory.create("test", header_nbytes(2))
+    ring = SlotRing(memory, 2)
+    ring.initialise()
+    producer = Producer(ring)
+    consumer = Consumer(Interrupted(memory, 2, lambda: [fill(producer, meta) for meta in (b"1", b"2")]))
+    assert [consumer.take().meta for _ in range(2)] == [b"1", b"2"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("look", [1, 2, 3, 4])
+def test_an_epoch_raised_during_a_take_voids_it(look: int) -> None:
+    """The producer's death is no error of the consumer, and no slot stays held in the new epoch."""
+    memory = SharedMemory.create("test", header_nbytes(2))
+    ring = SlotRing(memory, 2)
+    ring.initialise()
+    fill(Producer(ring), b"old")
+    consumer = Consumer(Interrupted(memory, 2, Owner(ring).raise_epoch, look))
+    assert consumer.take() is None
+    assert ring.states() == [State.FREE] * 2
+
+
+def test_an_epoch_raised_during_a_release_voids_it() -> None:
+    memory = SharedMemory.create("test", header_nbytes(1))
+    ring = SlotRing(memory, 1)
+    ring.initialise()
+    fill(Producer(ring), b"old")
+    old = Consumer(ring).take()
+    assert old is not None
+    Consumer(Interrupted(memory, 1, Owner(ring).raise_epoch)).release(old)
+    assert ring.states() == [State.FREE]
+
+
+def takes_and_gives_back(header: PassedFd) -> None:
+    """Moves the only slot between READY and HELD until killed."""
+    ring = SlotRing(SharedMemory.attach(header.fd, header_nbytes(1)), 1)
+    while True:
+        ring.move(0, State.READY, State.HELD)
+        ring.move(0, State.HELD, State.READY)
+
+
+def test_a_step_shows_no_third_state_to_another_process() -> None:
+    """A slot that goes from READY to HELD is never FREE in between: its producer would fill it under the reader."""
+    memory = SharedMemory.create("test", header_nbytes(1))
+    ring = SlotRing(memory, 1)
+    ring.initialise()
+    producer = Producer(ring)
+    fill(producer, b"")
+    consumer = multiprocessing.get_context("spawn").Process(
+        target=takes_and_gives_back, args=(PassedFd(memory.fd),), daemon=True
+    )
+    consumer.start()
+    while ring.state(0) is not State.HELD:
+        os.sched_yield()
+        assert consumer.is_alive()
+    seen = {ring.state(0) for _ in range(300_000)}
+    consumer.kill()
+    consumer.join()
+    assert seen <= {State.READY, State.HELD}
 
 
 EVENTS = st.lists(
