@@ -4,6 +4,7 @@ Knows the schema and the shipped files, no command line and no process.
 """
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RuntimeConf
     """
     path = _config_file(name_or_path)
     tree = _read_mapping(path)
+    _place_weights(tree, path.parent)
     for override in overrides:
         _apply(tree, override)
     try:
@@ -116,8 +118,12 @@ def _config_file(name_or_path: str) -> Path:
 
 
 def _expanded(path: Path) -> Path:
+    return _expanded_home(path).absolute()
+
+
+def _expanded_home(path: Path) -> Path:
     try:
-        return path.expanduser().absolute()
+        return path.expanduser()
     except RuntimeError as error:
         raise _error(f"{path}: no home folder known for it; write the path in full") from error
 
@@ -133,6 +139,13 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _error(f"config {path}: found {_kind(value)}, expected a mapping of keys")
     return value
+
+
+def _place_weights(tree: dict[str, Any], folder: Path) -> None:
+    """A file's `model.path` is relative to the file, so that a configuration can lie beside its weights."""
+    model = tree.get("model")
+    if isinstance(model, dict) and isinstance(model.get("path"), str) and model["path"]:
+        model["path"] = os.path.normpath(folder / _expanded_home(Path(model["path"])))
 
 
 def _parse(text: str, where: str) -> Any:
@@ -224,7 +237,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _with_absolute_paths(config: RuntimeConfig) -> RuntimeConfig:
-    """Paths relative to the current folder, which workers and later commands need not share; `~` is the home folder."""
+    """Paths of overrides are relative to the current folder, which workers need not share; `~` is the home folder."""
     model, output = config.model, config.output
     if model.path is not None:
         model = model.model_copy(update={"path": _expanded(model.path)})

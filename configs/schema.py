@@ -117,13 +117,14 @@ class FilesConfig(Part):
         "diffusion_pytorch_model.safetensors",
         "diffusion_pytorch_model.safetensors.index.json",
     )
-    lora: tuple[str, ...] = ("longlive_models/models/lora.pt", "models/lora.pt", "lora.pt")
-    vae: tuple[str, ...] = ("Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", "Wan2.1_VAE.pth")
+    lora: tuple[str, ...] = ("longlive_models/models/lora.pt", "models/lora.pt", "lora.pt", "adapter_model.safetensors")
+    vae: tuple[str, ...] = ("Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
     text_encoder: tuple[str, ...] = (
         "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth",
         "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_t5_umt5-enc-bf16.safetensors",
     )
-    tokenizer: tuple[str, ...] = ("Wan2.1-T2V-1.3B/google/umt5-xxl", "google/umt5-xxl")
+    tokenizer: tuple[str, ...] = ("Wan2.1-T2V-1.3B/google/umt5-xxl", "google/umt5-xxl", "tokenizer")
 
 
 class ModelConfig(Part):
@@ -186,7 +187,11 @@ class VideoConfig(Part):
 
 
 class StreamConfig(Part):
-    """How a stream is generated: block by block, with which steps, seeing which past. Lengths in latent frames."""
+    """How a stream is generated: block by block, with which steps, seeing which past. Lengths in latent frames.
+
+    `recache` says what of the cache is recomputed when the prompt changes: `full` what LongLive recomputes, `recent(N)`
+    the last N latent frames of it, `none` nothing.
+    """
 
     frames_per_block: PositiveInt = 3
     window: PositiveInt = 12
@@ -196,6 +201,7 @@ class StreamConfig(Part):
     timestep_shift: Annotated[float, Field(gt=0)] = 5.0
     rope: Literal["absolute", "relative"] = "relative"
     global_sink: bool = True
+    recache: Annotated[str, Field(pattern=r"^(full|none|recent\([1-9]\d*\))$")] = "full"
     context_noise: Annotated[int, Field(ge=0, lt=1000)] = 0
     first_position: Annotated[int, Field(ge=0)] = 0
 
@@ -205,6 +211,8 @@ class StreamConfig(Part):
         for name, value in (("window", self.window), ("sink", self.sink)):
             if value % block:
                 raise ValueError(f"{name} must be a multiple of frames_per_block {block}, found {value}")
+        if self.recache_frames is not None and self.recache_frames % block:
+            raise ValueError(f"recache: recent(N) needs a multiple of frames_per_block {block}, found {self.recache}")
         if self.sink + block > self.window:
             raise ValueError(f"window {self.window} must hold sink {self.sink} and a block of {block}")
         if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
@@ -214,6 +222,13 @@ class StreamConfig(Part):
     @property
     def window_blocks(self) -> int:
         return self.window // self.frames_per_block
+
+    @property
+    def recache_frames(self) -> int | None:
+        """How many latent frames are recomputed at most; None for all that LongLive recomputes."""
+        if self.recache == "full":
+            return None
+        return 0 if self.recache == "none" else int(self.recache.removeprefix("recent(").removesuffix(")"))
 
     @property
     def sink_blocks(self) -> int:

@@ -4,8 +4,7 @@
     .venv/bin/orchestrator start --config pocket --set model.path=DIR
     .venv/bin/orchestrator start --config DIR/config.yaml
 
-For trying the loaders without the published weights, and as an example of what they expect. The configuration in the
-folder merges the LoRA too; with another one, `--set model.lora.rank=4 --set model.lora.alpha=4` does.
+For trying the loaders without the published weights, and as an example of what they expect.
 """
 
 import argparse
@@ -105,22 +104,23 @@ def main() -> None:
     parser.add_argument("--config", default="pocket", help="shipped name or YAML file")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rank", type=int, default=4, help="of the LoRA")
+    parser.add_argument("--rank", type=int, help="of the LoRA; else the configuration's, or 4")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--sharded", action="store_true", help="the base transformer as two safetensors shards")
     parser.add_argument("--bare", action="store_true", help="no generator and generator_lora around the tensors")
     given = parser.parse_args()
     config = load_config(given.config)
+    rank = given.rank or (config.model.lora.rank if config.model.lora else 4)
     write(
         config.model,
         given.out,
         seed=given.seed,
-        rank=given.rank,
+        rank=rank,
         dtype=getattr(torch, given.dtype),
         sharded=given.sharded,
         bare=given.bare,
     )
-    write_config(config, given.out, given.rank)
+    write_config(config, given.out, rank)
 
 
 if __name__ == "__main__":

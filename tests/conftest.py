@@ -1,6 +1,7 @@
 """What holds for every test: one thread for arithmetic, and no process left behind. The time limit is pytest's own."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import psutil
@@ -9,6 +10,9 @@ import pytest
 # Before anything imports torch, and inherited by the processes that tests start.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+# A shell ignores Ctrl-C for what it starts in the background, and processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GRACE_S = 5.0
 """What a process that is ending has to be gone."""

@@ -15,6 +15,7 @@ from tiny_files import (
     CPU,
     INDEX,
     LORA,
+    RANDOM,
     SCRIPT,
     SINGLE,
     TEXT,
@@ -169,7 +170,7 @@ import hashlib, sys, torch
 torch.set_num_threads(int(sys.argv[1]))
 from configs.load import load_config
 from workers.models.checkpoint import load_transformer, load_vae_decoder
-model = load_config("pocket").model
+model = load_config("pocket", sys.argv[2:]).model
 digest = hashlib.sha256()
 for load in (load_transformer, load_vae_decoder):
     for name, tensor in sorted(load(model, torch.device("cpu")).state_dict().items()):
@@ -183,7 +184,7 @@ def test_random_weights_are_the_same_in_every_process() -> None:
     digests = []
     for threads in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": threads}
-        command = [sys.executable, "-c", DIGEST, threads]
+        command = [sys.executable, "-c", DIGEST, threads, *RANDOM]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         count, digest = ran.stdout.split()
         assert count == threads
@@ -202,7 +203,7 @@ def test_random_weights_differ_by_seed_and_leave_the_global_generator_alone() ->
 @torch.inference_mode()
 def test_random_weights_make_a_picture_and_prompts_change_it() -> None:
     """Pocket shows something without trained weights: contrast, motion, and another picture for another prompt."""
-    config = load_config("pocket", ["video.height=64", "video.width=96"])
+    config = load_config("pocket", ["video.height=64", "video.width=96", "model.vae.base_dim=8", *RANDOM])
     red, blue = (picture(config, prompt) for prompt in ("a red circle moving right", "a blue square"))
     assert red.isfinite().all()
     assert red.std() > 0.25

@@ -223,12 +223,12 @@ DAMAGES: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "VAE of another width": (
         VAE,
         tensor("decoder.head.2.weight", lambda: torch.zeros(3, 9, 3, 3, 3)),
-        ("decoder.head.2.weight", "found [3, 9, 3, 3, 3]", "expected [3, 8, 3, 3, 3]"),
+        ("decoder.head.2.weight", "found [3, 9, 3, 3, 3]", "expected [3, 16, 3, 3, 3]"),
     ),
     "VAE without an encoder": (
         VAE,
         without("encoder.conv1.weight"),
-        ("encoder.conv1.weight", "expected [8, 3, 3, 3, 3]"),
+        ("encoder.conv1.weight", "expected [16, 3, 3, 3, 3]"),
     ),
     "text encoder without a norm": (TEXT, without("norm.weight"), ("tensor norm.weight", "expected [16]")),
     "text encoder of another vocabulary": (

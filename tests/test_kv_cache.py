@@ -53,6 +53,26 @@ def test_recache_takes_what_the_window_holds() -> None:
     assert (blocks, anchor, plan.slots[0]) == (range(3, 7), 3, 0)
 
 
+def test_a_recent_recache_takes_the_newest_blocks_and_sees_all() -> None:
+    """What is not recomputed keeps its place: slots, positions and the sink are those of the whole recache."""
+    whole, recent = layout(), layout(recache="recent(6)")
+    for block in (3, 4, 5, 50):
+        plan, blocks, anchor = recent.recache(block, 0)
+        full, all_blocks, _ = whole.recache(block, 0)
+        assert (list(blocks), anchor) == (list(all_blocks)[-2:], 0)
+        assert plan.slots == tuple(recent.slot(b) for b in blocks)
+        assert (plan.visible, plan.sink, plan.frames) == (full.visible, full.sink, full.frames[-6:])
+    assert recent.recache(2, 0) == whole.recache(2, 0)
+
+
+def test_without_recache_there_is_no_plan() -> None:
+    assert all(layout(recache="none").recache(block, 0) is None for block in (1, 4, 9))
+
+
+def test_a_restart_rebuilds_everything_whatever_the_recache() -> None:
+    assert layout(recache="none").reanchor(9) == layout().reanchor(9)
+
+
 def test_a_pass_sees_views_of_whole_slots() -> None:
     stream = StreamConfig(rope="relative")
     cache = KVCache(

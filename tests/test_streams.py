@@ -196,3 +196,23 @@ def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int, global_si
     living.switch(embeds(0))
     for _ in range(6):
         assert relative_error(restarted.denoise_block(noise), living.denoise_block(noise)) <= 1e-5
+
+
+@pytest.mark.parametrize("block", [3, 7])
+@pytest.mark.parametrize(("recache", "kept"), [("none", 4), ("recent(3)", 3), ("recent(6)", 2), ("full", None)])
+def test_recache_recomputes_what_it_says(recache: str, kept: int | None, block: int) -> None:
+    """A switch leaves the keys and values of older blocks as they were; under the new prompt the next block differs."""
+    rollout = Rollout(tiny_transformer(), StreamConfig(recache=recache), SMALL)
+    noise = DrawnNoise(5, rollout.shape)
+    rollout.switch(embeds(0))
+    for _ in range(block):
+        rollout.denoise_block(noise)
+    before = rollout.cache.v.clone()
+    rollout.switch(embeds(1))
+    slots = rollout.cache.v.unflatten(2, (rollout.stream.window_blocks, -1))
+    same = [bool(torch.equal(slots[:, :, s], before.view_as(slots)[:, :, s])) for s in range(min(block, 4))]
+    changed = {slot for slot, held in enumerate(same) if not held}
+    newest = {rollout.layout.slot(b) for b in range(block - (4 - kept), block)} if kept is not None else None
+    whole = set(range(block)) if block <= 4 else {1, 2, 3}
+    assert changed == (whole if newest is None else newest)
+    assert torch.isfinite(rollout.denoise_block(noise)).all()

@@ -22,10 +22,12 @@ TEXT = f"{WAN}/models_t5_umt5-xxl-enc-bf16.pth"
 TOKENIZER = f"{WAN}/google/umt5-xxl"
 QUERY = "blocks.0.self_attn.q.weight"
 
+RANDOM = ("model.path=null", "model.random_weights=true", "model.lora=null")
 TINY = (
     "model.transformer={dim: 24, ffn_dim: 32, freq_dim: 16, text_dim: 16, num_heads: 2, num_layers: 2}",
     "model.text_encoder={vocab_size: 1000, dim: 16, dim_attn: 16, dim_ffn: 16, num_heads: 2, num_layers: 1}",
     "model.vae_dtype=float32",
+    *RANDOM,
 )
 
 

@@ -81,6 +81,7 @@ class Worker:
         self._config = RuntimeConfig.model_validate_json(spec.config)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stopped = threading.Event()
+        self._loading = threading.Lock()  # transformers imports on first use, which two threads at once break
         self._running = [Running(name) for name in spec.stages]
         self._codes: list[int] = []
 
@@ -101,6 +102,7 @@ class Worker:
         self._stopped.set()
         alive.join()
         assembly.close()
+        self._context.destroy()  # returns when last words have left, or their time is over
         return max(self._codes)
 
     def _run_stage(self, assembly: Assembly, running: Running) -> None:
@@ -133,7 +135,8 @@ class Worker:
             inbox.close()
 
     def _prepare(self, stage: Stage, running: Running, daemon: Outbox) -> None:
-        stage.load()
+        with self._loading:
+            stage.load()
         running.loaded = True
         daemon.send(Loading(stage=stage.name, text="warming up"))
         block_ms = stage.warm_up()

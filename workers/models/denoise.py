@@ -77,14 +77,15 @@ class Rollout:
 
     @torch.inference_mode()
     def switch(self, embeds: Tensor) -> None:
-        """Puts a prompt in force from the next block on and recomputes the cache under it.
+        """Puts a prompt in force from the next block on and recomputes the cache under it, as far as `recache` says.
 
         Args:
             embeds: [1, n, text_dim] of the prompt's n tokens.
         """
         self.prompt = self.model.prompt_kv(embeds)
-        if self.block > 0:
-            self._recompute(*self.layout.recache(self.block, self.anchor))
+        recache = self.layout.recache(self.block, self.anchor) if self.block > 0 else None
+        if recache is not None:
+            self._recompute(*recache)
 
     @torch.inference_mode()
     def resume(self, block: int, embeds: Tensor) -> None:

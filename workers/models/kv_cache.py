@@ -57,12 +57,24 @@ class CacheLayout:
         """The plan for denoising a block while the sink's blocks begin with block `anchor`."""
         return self._plan([block], min(block + 1, self.stream.window_blocks), block - self.ring_blocks + 1, anchor)
 
-    def recache(self, block: int, anchor: int) -> tuple[CachePlan, range, int]:
+    def recache(self, block: int, anchor: int) -> tuple[CachePlan, range, int] | None:
         """The plan for recomputing the cache before a block: plan, blocks whose latents it takes, the new anchor.
 
         While every past block is still in the window all of them are recomputed, the sink included. Later the sink's
-        keys and values are kept (`global_sink`), or the oldest recomputed blocks become the sink.
+        keys and values are kept (`global_sink`), or the oldest recomputed blocks become the sink. With
+        `recache: recent(N)` only the newest of these are recomputed, and see the others as they were; None for none.
         """
+        whole, blocks, new_anchor = self._whole_recache(block, anchor)
+        frames = self.stream.recache_frames
+        if frames is None or frames >= len(blocks) * self.stream.frames_per_block:
+            return whole, blocks, new_anchor
+        if frames == 0:
+            return None
+        recent = range(block - frames // self.stream.frames_per_block, block)
+        slots = tuple(self.slot(b) for b in recent)
+        return CachePlan(slots, whole.visible, self._frames(recent), whole.sink), recent, anchor
+
+    def _whole_recache(self, block: int, anchor: int) -> tuple[CachePlan, range, int]:
         window = self.stream.window_blocks
         if block <= window:
             return self._plan(range(block), block, None, 0), range(block), 0
