@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Execution = Literal["plain", "static"]
+"""How the denoiser's passes are computed: one operation after the other, or with shapes and addresses that stay."""
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 StageName = Literal["text_encoder", "denoiser", "vae_decoder", "output"]
 STAGES: tuple[StageName, ...] = ("text_encoder", "denoiser", "vae_decoder", "output")
@@ -310,6 +312,16 @@ class SupervisionConfig(Part):
     drain_s: Annotated[float, Field(gt=0)] = 30.0
 
 
+class ExecutionConfig(Part):
+    """How the networks are computed; what they compute is the same.
+
+    `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs.
+    """
+
+    denoiser: Execution = "static"
+    graphs: bool = True
+
+
 class RuntimeConfig(Part):
     """A whole run."""
 
@@ -321,6 +333,7 @@ class RuntimeConfig(Part):
     model: ModelConfig
     video: VideoConfig
     stream: StreamConfig = StreamConfig()
+    execution: ExecutionConfig = ExecutionConfig()
     stages: StagesConfig = StagesConfig()
     rings: RingsConfig = RingsConfig()
     output: OutputConfig = OutputConfig()

@@ -11,14 +11,16 @@ from golden_cases import Case
 from model_files import case_config, write_case
 from torch import Tensor
 
-from configs.schema import RuntimeConfig, StreamConfig, TransformerConfig, VideoConfig
+from configs.schema import Execution, RuntimeConfig, StreamConfig, TransformerConfig, VideoConfig
 from workers.models.checkpoint import load_transformer
-from workers.models.denoise import Rollout
+from workers.models.denoise import LatentHistory, Rollout
 from workers.models.kv_cache import CachePlan
 from workers.models.noise import GivenNoise, NoiseSource
+from workers.models.passes import PlainPasses
 from workers.models.random_weights import draw
 from workers.models.rope import rotate, rotation
 from workers.models.schedule import Schedule
+from workers.models.static_passes import StaticPasses
 from workers.models.transformer import CausalWanTransformer
 
 TINY = TransformerConfig(dim=24, ffn_dim=48, freq_dim=16, text_dim=12, text_len=6, num_heads=2, num_layers=2)
@@ -40,12 +42,24 @@ def embeds(number: int) -> Tensor:
     return torch.randn(1, 4, TINY.text_dim, generator=torch.Generator().manual_seed(number))
 
 
-def case_rollout(case: Case, folder: Path, first_position: int = 0) -> Rollout:
+def case_rollout(case: Case, folder: Path, execution: Execution = "plain", first_position: int = 0) -> Rollout:
     """A golden case as the denoiser process would set it up: files written, read back, LoRA merged."""
     write_case(case.config, case.path / "tensors.safetensors", folder)
     config = RuntimeConfig.model_validate(case_config(case.config, folder))
     stream = config.stream.model_copy(update={"first_position": first_position})
-    return Rollout(load_transformer(config.model, CPU), stream, config.video)
+    return new_rollout(load_transformer(config.model, CPU), stream, config.video, execution=execution)
+
+
+def new_rollout(
+    model: CausalWanTransformer,
+    stream: StreamConfig,
+    video: VideoConfig,
+    history: LatentHistory | None = None,
+    execution: Execution = "plain",
+) -> Rollout:
+    """A stream computed the plain or the static way."""
+    passes = {"plain": PlainPasses, "static": StaticPasses}[execution](model, stream, video)
+    return Rollout(model, stream, video, history, passes)
 
 
 def play(case: Case, rollout: Rollout) -> Tensor:

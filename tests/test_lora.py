@@ -36,7 +36,7 @@ def test_one_pass_equals_the_reference(path: Path, tmp_path: Path) -> None:
     noise = case.tensors["noise"][:, : expected.shape[1]]
     timestep = case.tensors["single/timestep"].flatten()[0].item()
     plan = CachePlan((0,), 1, tuple(range(expected.shape[1])), None)
-    flow = model(noise, timestep, prompt, rollout.cache, plan)
+    flow = model(noise, timestep, prompt, rollout.passes.cache, plan)
     assert relative_error(flow, expected) <= 1e-4
 
 

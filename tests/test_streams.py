@@ -9,25 +9,35 @@ import torch
 from golden_cases import cases, load, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_case import SMALL, case_rollout, embeds, oracle, play, tiny_transformer
+from stream_case import SMALL, case_rollout, embeds, new_rollout, oracle, play, tiny_transformer
 
-from configs.schema import StreamConfig
+from configs.schema import Execution, StreamConfig
 from ipc.errors import NonFiniteLatents
 from workers.models.denoise import LatentHistory, Rollout
 from workers.models.noise import DrawnNoise
+from workers.models.passes import PlainPasses
+from workers.models.static_passes import StaticPasses
 
 STREAMS = cases("stream")
 
 
 def case_id(path: Path) -> str:
-    return f"golden-{path.name}-plain"
+    return f"golden-{path.name}"
 
 
+def execution_id(execution: str) -> str:
+    return execution
+
+
+both = pytest.mark.parametrize("execution", ["plain", "static"], ids=execution_id)
+
+
+@both
 @pytest.mark.parametrize("path", STREAMS, ids=case_id)
-def test_stream_equals_the_reference(path: Path, tmp_path: Path) -> None:
+def test_stream_equals_the_reference(path: Path, execution: Execution, tmp_path: Path) -> None:
     """Every clean latent of a stream, with its switches and its LoRA."""
     case = load(path)
-    rollout = case_rollout(case, tmp_path / "model")
+    rollout = case_rollout(case, tmp_path / "model", execution)
     torch.testing.assert_close(
         torch.tensor(rollout.schedule.steps), case.tensors["denoising_steps"].float(), rtol=1e-6, atol=1e-3
     )
@@ -42,17 +52,20 @@ def test_single_pass_equals_the_reference(path: Path, tmp_path: Path) -> None:
     rollout.switch(case.tensors["prompt_embeds"][:1])
     timestep = float(case.tensors["single/timestep"].flatten()[0])
     noise = case.tensors["noise"][:, : rollout.shape[0]]
+    passes = rollout.passes
+    assert isinstance(passes, PlainPasses)
     with torch.inference_mode():
-        flow = rollout.model(noise, timestep, rollout.prompt, rollout.cache, rollout.layout.denoise(0, 0))
+        flow = rollout.model(noise, timestep, passes.prompt, passes.cache, rollout.layout.denoise(0, 0))
     assert relative_error(flow, case.tensors["single/flow"]) <= 1e-4
     assert relative_error(rollout.schedule.clean(noise, flow, timestep), case.tensors["single/x0"]) <= 1e-4
 
 
+@both
 @pytest.mark.parametrize("path", [p for p in STREAMS if load(p).config["rope"] == "relative"], ids=case_id)
-def test_relative_stream_does_not_depend_on_where_it_begins(path: Path, tmp_path: Path) -> None:
+def test_relative_stream_does_not_depend_on_where_it_begins(path: Path, execution: Execution, tmp_path: Path) -> None:
     """At latent frame 3,000,000 the reference's latents come out as at 0."""
     case = load(path)
-    far = play(case, case_rollout(case, tmp_path / "model", first_position=3_000_000))
+    far = play(case, case_rollout(case, tmp_path / "model", execution, first_position=3_000_000))
     assert relative_error(far, case.tensors["latents"]) <= 1e-4
 
 
@@ -63,10 +76,11 @@ def tensors() -> tuple[int, int]:
     return len(alive), sum(tensor.nbytes for tensor in alive)
 
 
-def test_endless_stream_stays_finite_and_memory_flat() -> None:
+@both
+def test_endless_stream_stays_finite_and_memory_flat(execution: Execution) -> None:
     """2,000 latent frames: the picture keeps its strength, no tensor is kept, the process does not grow."""
     stream = StreamConfig(rope="relative")
-    rollout = Rollout(tiny_transformer(), stream, SMALL)
+    rollout = new_rollout(tiny_transformer(), stream, SMALL, execution=execution)
     rollout.switch(embeds(0))
     noise = DrawnNoise(0, rollout.shape)
     for _ in range(100):
@@ -125,10 +139,10 @@ GEOMETRIES = {
 }
 
 
-def differs(stream: StreamConfig, switches: frozenset[int], blocks: int) -> float:
+def differs(stream: StreamConfig, switches: frozenset[int], blocks: int, execution: Execution) -> float:
     """How far a rollout is from the oracle."""
     model = tiny_transformer()
-    rollout = Rollout(model, stream, SMALL)
+    rollout = new_rollout(model, stream, SMALL, execution=execution)
     noise = DrawnNoise(3, rollout.shape)
     prompts = {block: embeds(block) for block in {0, *switches}}
     made = []
@@ -139,20 +153,25 @@ def differs(stream: StreamConfig, switches: frozenset[int], blocks: int) -> floa
     return relative_error(torch.cat(made, 1), oracle(model, stream, SMALL, noise, prompts, blocks))
 
 
+@both
 @pytest.mark.parametrize("switches", [(), (2,), (4, 5), (5, 9), (9,)], ids=str)
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_any_geometry_equals_the_oracle(name: str, switches: tuple[int, ...]) -> None:
+def test_any_geometry_equals_the_oracle(name: str, switches: tuple[int, ...], execution: Execution) -> None:
     """Slots, rings and kept rotations give what a plain list of all keys gives."""
     stream = StreamConfig(**{"rope": "relative", **GEOMETRIES[name]})
-    assert differs(stream, frozenset(switches), blocks=12) <= 1e-4
+    assert differs(stream, frozenset(switches), 12, execution) <= 1e-4
 
 
 @pytest.mark.parametrize("global_sink", [True, False])
 @pytest.mark.parametrize("rope", ["absolute", "relative"])
 @pytest.mark.parametrize("block", range(1, 10))
-def test_a_switch_at_any_block_equals_the_oracle(block: int, rope: str, global_sink: bool) -> None:
+@both
+def test_a_switch_at_any_block_equals_the_oracle(
+    block: int, rope: str, global_sink: bool, execution: Execution
+) -> None:
     """Before, while and after the window begins to slide."""
-    assert differs(StreamConfig(rope=rope, global_sink=global_sink), frozenset({block}), blocks=block + 5) <= 1e-4
+    stream = StreamConfig(rope=rope, global_sink=global_sink)
+    assert differs(stream, frozenset({block}), block + 5, execution) <= 1e-4
 
 
 @st.composite
@@ -176,12 +195,14 @@ def geometries(draw: st.DrawFn) -> StreamConfig:
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(stream=geometries(), switches=st.frozensets(st.integers(1, 10), max_size=4))
 def test_drawn_geometries_equal_the_oracle(stream: StreamConfig, switches: frozenset[int]) -> None:
-    assert differs(stream, switches, blocks=12) <= 1e-4
+    assert differs(stream, switches, 12, "plain") <= 1e-4
+    assert differs(stream, switches, 12, "static") <= 1e-4
 
 
+@both
 @pytest.mark.parametrize("global_sink", [True, False])
 @pytest.mark.parametrize("block", [1, 2, 4, 5, 7])
-def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int, global_sink: bool) -> None:
+def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int, global_sink: bool, execution: Execution) -> None:
     """A restarted denoiser has lost the sink: whatever `global_sink` says it goes the path of `false`."""
     model = tiny_transformer()
     living = Rollout(model, StreamConfig(rope="relative", global_sink=False), SMALL)
@@ -191,26 +212,34 @@ def test_resume_equals_a_switch_that_anchors_the_sink_anew(block: int, global_si
         living.denoise_block(noise)
     retained = LatentHistory(living.history.buffer.clone())
     stream = StreamConfig(rope="relative", global_sink=global_sink)
-    restarted = Rollout(model, stream, SMALL, history=retained)
+    restarted = new_rollout(model, stream, SMALL, history=retained, execution=execution)
     restarted.resume(block, embeds(0))
     living.switch(embeds(0))
     for _ in range(6):
         assert relative_error(restarted.denoise_block(noise), living.denoise_block(noise)) <= 1e-5
 
 
+def values(rollout: Rollout) -> torch.Tensor:
+    """The cache's values, [layers, slots, tokens, heads, head_dim]."""
+    if isinstance(rollout.passes, StaticPasses):
+        return rollout.passes.static.store.v
+    assert isinstance(rollout.passes, PlainPasses)
+    return rollout.passes.cache.v[:, 0].unflatten(1, (rollout.stream.window_blocks, -1))
+
+
+@both
 @pytest.mark.parametrize("block", [3, 7])
 @pytest.mark.parametrize(("recache", "kept"), [("none", 4), ("recent(3)", 3), ("recent(6)", 2), ("full", None)])
-def test_recache_recomputes_what_it_says(recache: str, kept: int | None, block: int) -> None:
+def test_recache_recomputes_what_it_says(recache: str, kept: int | None, block: int, execution: Execution) -> None:
     """A switch leaves the keys and values of older blocks as they were; under the new prompt the next block differs."""
-    rollout = Rollout(tiny_transformer(), StreamConfig(recache=recache), SMALL)
+    rollout = new_rollout(tiny_transformer(), StreamConfig(recache=recache), SMALL, execution=execution)
     noise = DrawnNoise(5, rollout.shape)
     rollout.switch(embeds(0))
     for _ in range(block):
         rollout.denoise_block(noise)
-    before = rollout.cache.v.clone()
+    before = values(rollout).clone()
     rollout.switch(embeds(1))
-    slots = rollout.cache.v.unflatten(2, (rollout.stream.window_blocks, -1))
-    same = [bool(torch.equal(slots[:, :, s], before.view_as(slots)[:, :, s])) for s in range(min(block, 4))]
+    same = [torch.equal(values(rollout)[:, slot], before[:, slot]) for slot in range(min(block, 4))]
     changed = {slot for slot, held in enumerate(same) if not held}
     newest = {rollout.layout.slot(b) for b in range(block - (4 - kept), block)} if kept is not None else None
     whole = set(range(block)) if block <= 4 else {1, 2, 3}

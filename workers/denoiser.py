@@ -32,8 +32,8 @@ from workers.inputs import noise_source
 from workers.models.attention import choose_attention
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import LatentHistory, Rollout
+from workers.models.execution import choose_passes
 from workers.models.noise import DrawnNoise, NoiseSource
-from workers.models.transformer import CausalWanTransformer
 from workers.ports import RingReader, RingWriter, Send
 from workers.prompt_queue import Apply, PromptQueue, Wait
 from workers.stage import IDLE_WAIT_S
@@ -95,14 +95,11 @@ class DenoiserStage:
         transformer = load_transformer(model, self._device)
         transformer.attention = choose_attention(model.attention, self._device, transformer.dtype)
         self.note = f"attention by {transformer.attention.name}"
-        self._rollout = self._new_rollout(transformer)
+        config = self._config
+        passes = choose_passes(config, transformer, self._on_pass)
+        self._rollout = Rollout(transformer, config.stream, config.video, LatentHistory(self._history), passes)
         self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)
         self._check_length()
-
-    def _new_rollout(self, transformer: CausalWanTransformer) -> Rollout:
-        config = self._config
-        history = LatentHistory(self._history)
-        return Rollout(transformer, config.stream, config.video, history, on_pass=self._on_pass)
 
     def _check_length(self) -> None:
         most = self._config.stream.most_blocks
@@ -115,17 +112,16 @@ class DenoiserStage:
     def warm_up(self) -> float:
         """Milliseconds of a block with a full window, on scratch state that is dropped afterwards."""
         rollout = self._rollout
-        transformer = rollout.model
-        rollout.history = LatentHistory(torch.zeros_like(self._history))
-        rollout.switch(torch.zeros(1, 1, transformer.config.text_dim))
+        rollout.begin(LatentHistory(torch.zeros_like(self._history)))
+        rollout.passes.record_all()
+        rollout.switch(torch.zeros(1, 1, rollout.model.config.text_dim))
         noise = DrawnNoise(0, rollout.shape)
         rollout.block = self._config.stream.window_blocks
         rollout.denoise_block(noise)
         began = time.monotonic_ns()
         rollout.denoise_block(noise).cpu()
         elapsed_ms = (time.monotonic_ns() - began) / 1e6
-        del rollout, self._rollout
-        self._rollout = self._new_rollout(transformer)
+        rollout.begin(LatentHistory(self._history))
         return elapsed_ms
 
     def receive(self, message: Message) -> None:
@@ -162,8 +158,9 @@ class DenoiserStage:
         began = time.monotonic_ns()
         if isinstance(decision, Apply):
             self._put_in_force(decision, block)
-        latents = self._rollout.denoise_block(self._noise)
-        self._hand_over(slot, block, latents, began)
+        self._hand_over(slot, block, self._rollout.denoise(self._noise), began)
+        self._rollout.remember()
+        self._say_done(block, began)
         return True
 
     def wait_s(self) -> float:
@@ -198,12 +195,12 @@ class DenoiserStage:
         self._to_daemon(PromptApplied(version=decision.version, block=block))
 
     def _hand_over(self, slot: int, block: int, latents: Tensor, began: int) -> None:
+        """Before the clean pass, so that decoding begins beside it."""
         version = self._prompts.version
         assert version is not None
         self._latents_slots.tensor(slot).copy_(latents[0], non_blocking=True)
         if self._dump is not None:
             self._dumped.append(latents.cpu())
-        ended = time.monotonic_ns()
         self._latents.publish(
             slot,
             LatentsReady(
@@ -214,10 +211,18 @@ class DenoiserStage:
                 version=version,
                 fresh=self._fresh,
                 began_ns=began,
-                sent_ns=ended,
+                sent_ns=time.monotonic_ns(),
             ),
         )
         self._fresh = False
+
+    def _say_done(self, block: int, began: int) -> None:
+        """After the last work on a block."""
+        version = self._prompts.version
+        assert version is not None
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        ended = time.monotonic_ns()
         self._to_daemon(BlockDone(stage="denoiser", block=block, version=version, began_ns=began, ended_ns=ended))
 
     def _end(self, block: int) -> None:

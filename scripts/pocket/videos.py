@@ -21,6 +21,7 @@ from torch import Tensor
 from configs.load import load_config
 from workers.models.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae_decoder
 from workers.models.denoise import Rollout
+from workers.models.execution import choose_passes
 from workers.models.noise import DrawnNoise
 from workers.models.prompt_text import clean
 from workers.models.vae import to_rgb8
@@ -80,7 +81,8 @@ class Bare:
 
     def make(self, prompts: Sequence[str], blocks: int, seed: int, at: Sequence[int] = ()) -> np.ndarray:
         """As `Runtime.make`, before H.264."""
-        rollout = Rollout(self._transformer, self.config.stream, self.config.video)
+        passes = choose_passes(self.config, self._transformer)
+        rollout = Rollout(self._transformer, self.config.stream, self.config.video, passes=passes)
         noise, cache = DrawnNoise(seed, rollout.shape), self._decoder.new_cache()
         prompt_at = dict(zip((0, *at), prompts, strict=True))
         frames: list[Tensor] = []

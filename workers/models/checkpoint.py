@@ -52,6 +52,20 @@ def load_transformer(model: ModelConfig, device: torch.device) -> CausalWanTrans
     return _ready(transformer)
 
 
+def load_adapter(model: ModelConfig, transformer: CausalWanTransformer) -> list[dict[str, Tensor]]:
+    """The LoRA of each layer, by PEFT's names without what stands before the layer's, in float32 where that layer lies.
+
+    Raises:
+        CheckpointError: the file is not that of this transformer.
+        ConfigError: `model` names no LoRA.
+    """
+    if model.lora is None or model.path is None:
+        raise ConfigError("model.lora: found nothing, expected rank and alpha of a LoRA in model.path")
+    adapter = _lora_file(model.lora, model.files.lora, model.path, transformer)
+    layers = range(len(transformer.blocks))
+    return [_layer_adapter(adapter, f"blocks.{index}.", transformer.device) for index in layers]
+
+
 def load_vae_decoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeDecoder:
     """The VAE's decoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
     return _vae_part(_on_meta(lambda: VaeDecoder(model.vae, conv)), model, device).prepare()
@@ -242,13 +256,19 @@ def _give_merged(
     layer: Layer, prefix: str, file: TensorFile, adapter: TensorFile, lora: LoraConfig, device: torch.device
 ) -> None:
     """A layer's weights and their LoRA's update, summed in float32."""
-    from workers.models.lora import PREFIX, merge_lora
+    from workers.models.lora import merge_lora
 
     for name in shapes_of(layer):
         _set(layer, name, _placed(file, prefix + name, device, torch.float32))
+    merge_lora(layer, lora, _layer_adapter(adapter, prefix, device))
+
+
+def _layer_adapter(adapter: TensorFile, prefix: str, device: torch.device) -> dict[str, Tensor]:
+    from workers.models.lora import PREFIX
+
     stem = PREFIX + prefix
     own = [name for name in adapter.shapes if name.startswith(stem)]
-    merge_lora(layer, lora, {n.removeprefix(stem): _placed(adapter, n, device, torch.float32) for n in own})
+    return {n.removeprefix(stem): _placed(adapter, n, device, torch.float32) for n in own}
 
 
 def _placed(file: TensorFile, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,19 +1,19 @@
 """A stream of blocks: four steps with noise mixed back in, a clean pass for the cache, and recache on a switch.
 
-The generator knows nothing of sockets, frames per second or users.
+Which block is made when and under which plan is decided here; how a pass is computed is the `Passes`' matter. Knows
+nothing of sockets, frames per second or users.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from configs.schema import LATENT_CHANNELS, StreamConfig, VideoConfig
 from ipc.errors import NonFiniteLatents
-from workers.models.kv_cache import CacheLayout, CachePlan, KVCache
+from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
+from workers.models.passes import Passes, PlainPasses
 from workers.models.schedule import Schedule
-from workers.models.transformer import CausalWanTransformer, PromptKV
+from workers.models.transformer import CausalWanTransformer
 
 
 class LatentHistory:
@@ -43,7 +43,7 @@ class Rollout:
         stream: window, sink, steps, rope.
         video: gives the latents' height and width.
         history: where clean latents are kept for recaching; its own memory if not given.
-        on_pass: called after every transformer pass, so that a watcher sees progress.
+        passes: how passes are computed; the plain way if not given.
     """
 
     def __init__(
@@ -52,28 +52,22 @@ class Rollout:
         stream: StreamConfig,
         video: VideoConfig,
         history: LatentHistory | None = None,
-        on_pass: Callable[[], None] = lambda: None,
+        passes: Passes | None = None,
     ) -> None:
         self.model = model
         self.stream = stream
         self.schedule = Schedule.from_config(stream)
         self.layout = CacheLayout(stream)
         self.shape = (stream.frames_per_block, LATENT_CHANNELS, video.latent_height, video.latent_width)
-        self.rows, self.columns = video.latent_height // 2, video.latent_width // 2
-        self.cache = KVCache(
-            stream,
-            layers=model.config.num_layers,
-            heads=model.config.num_heads,
-            head_dim=model.config.head_dim,
-            frame_tokens=video.frame_tokens,
-            device=model.device,
-            dtype=model.dtype,
-        )
-        self.history = history or LatentHistory(torch.zeros(stream.window_blocks, *self.shape))
-        self.on_pass = on_pass
-        self.prompt: PromptKV | None = None
+        self.passes = passes or PlainPasses(model, stream, video)
+        self.begin(history or LatentHistory(torch.zeros(stream.window_blocks, *self.shape)))
+
+    def begin(self, history: LatentHistory) -> None:
+        """Forgets the stream so far: the next block is the first of another."""
+        self.history = history
         self.block = 0
         self.anchor = 0
+        self._made: tuple[CachePlan, Tensor] | None = None
 
     @torch.inference_mode()
     def switch(self, embeds: Tensor) -> None:
@@ -82,7 +76,7 @@ class Rollout:
         Args:
             embeds: [1, n, text_dim] of the prompt's n tokens.
         """
-        self.prompt = self.model.prompt_kv(embeds)
+        self.passes.take_prompt(embeds)
         recache = self.layout.recache(self.block, self.anchor) if self.block > 0 else None
         if recache is not None:
             self._recompute(*recache)
@@ -90,14 +84,20 @@ class Rollout:
     @torch.inference_mode()
     def resume(self, block: int, embeds: Tensor) -> None:
         """Continues a stream whose cache is lost at `block`, from the latents in the history; re-anchors the sink."""
-        self.prompt = self.model.prompt_kv(embeds)
+        self.passes.take_prompt(embeds)
         self.block = block
         if block > 0:
             self._recompute(*self.layout.reanchor(block))
 
-    @torch.inference_mode()
     def denoise_block(self, noise: NoiseSource) -> Tensor:
-        """Generates the next block.
+        """Generates the next block: `denoise`, then `remember`."""
+        latents = self.denoise(noise)
+        self.remember()
+        return latents
+
+    @torch.inference_mode()
+    def denoise(self, noise: NoiseSource) -> Tensor:
+        """All steps of the next block, which is over with `remember` only.
 
         Returns:
             Its clean latents [1, F, 16, h, w] float32, on the model's device.
@@ -106,28 +106,22 @@ class Rollout:
             NonFiniteLatents: they hold NaN or infinity.
         """
         plan = self.layout.denoise(self.block, self.anchor)
-        timesteps = self.schedule.steps
-        x = noise.start(self.block).to(self.model.device)
-        for step, timestep in enumerate(timesteps):
-            clean = self.schedule.clean(x, self._pass(x, timestep, plan), timestep)
-            if step + 1 < len(timesteps):
-                renoise = noise.between(self.block, step).to(self.model.device)
-                x = self.schedule.add_noise(clean, renoise, timesteps[step + 1])
-        self._pass(clean, self.stream.context_noise, plan)
+        clean = self.passes.denoise(plan, self.block, noise)
         if not bool(torch.isfinite(clean).all()):
             raise NonFiniteLatents(f"block {self.block}: the latents hold NaN or infinity")
         self.history.put(self.block, clean)
-        self.block += 1
+        self._made = plan, clean
         return clean
 
-    def _recompute(self, plan: CachePlan, blocks: range, anchor: int) -> None:
-        latents = self.history.get(blocks).to(self.model.device)
-        self._pass(latents, self.stream.context_noise, plan)
-        self.anchor = anchor
+    @torch.inference_mode()
+    def remember(self) -> None:
+        """Leaves the keys and values of the block just made in the cache, and goes on to the next."""
+        assert self._made is not None, "a block is denoised before it is remembered"
+        plan, clean = self._made
+        self.passes.remember(plan, clean)
+        self._made = None
+        self.block += 1
 
-    def _pass(self, latents: Tensor, timestep: float, plan: CachePlan) -> Tensor:
-        assert self.prompt is not None, "a prompt is put in force before the first pass"
-        self.model.place_sink(self.cache, plan, self.rows, self.columns, self.stream.sink)
-        flow = self.model(latents, timestep, self.prompt, self.cache, plan)
-        self.on_pass()
-        return flow
+    def _recompute(self, plan: CachePlan, blocks: range, anchor: int) -> None:
+        self.passes.remember(plan, self.history.get(blocks).to(self.model.device))
+        self.anchor = anchor

@@ -38,15 +38,21 @@ def merge_lora(layer: Layer, config: LoraConfig, adapter: Mapping[str, Tensor]) 
         adapter: the layer's tensors by PEFT's names, without what stands before the layer's; float32, on its device.
     """
     targets = list(_linears(layer))
-    peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
-    inject_adapter_in_model(peft, layer, low_cpu_mem_usage=True)
-    set_peft_model_state_dict(layer, dict(adapter), low_cpu_mem_usage=True)
+    add_lora(layer, config, adapter)
     for name in targets:
         adapted = layer.get_submodule(name)
         assert isinstance(adapted, LoraLayer)
         adapted.merge(safe_merge=False)
         layer.set_submodule(name, adapted.get_base_layer())
     del layer.peft_config  # PEFT leaves it on the module it was injected into
+
+
+def add_lora(layer: Layer, config: LoraConfig, adapter: Mapping[str, Tensor]) -> None:
+    """Puts PEFT's modules around every linear of a layer, unmerged; arguments as of `merge_lora`."""
+    targets = list(_linears(layer))
+    peft = PeftConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    inject_adapter_in_model(peft, layer, low_cpu_mem_usage=True)
+    set_peft_model_state_dict(layer, dict(adapter), low_cpu_mem_usage=True)
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Linear]:

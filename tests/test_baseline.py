@@ -1,0 +1,42 @@
+"""The pipeline that speed is measured against computes the same streams."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from baseline import BaselinePasses, load_baseline
+from golden_cases import cases, load, relative_error
+from model_files import case_config, write_case
+from peft.tuners.lora import LoraLayer
+from stream_case import CPU, SMALL, embeds, oracle, play, tiny_transformer
+
+from configs.schema import RuntimeConfig, StreamConfig
+from workers.models.denoise import Rollout
+from workers.models.noise import DrawnNoise
+
+STREAMS = cases("stream")
+
+
+@pytest.mark.parametrize("path", STREAMS, ids=lambda path: f"golden-{path.name}-baseline")
+def test_stream_equals_the_reference(path: Path, tmp_path: Path) -> None:
+    case = load(path)
+    write_case(case.config, path / "tensors.safetensors", tmp_path)
+    config = RuntimeConfig.model_validate(case_config(case.config, tmp_path))
+    model = load_baseline(config.model, CPU)
+    beside = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert len(beside) == (10 * len(model.blocks) if config.model.lora else 0)
+    rollout = Rollout(model, config.stream, config.video, passes=BaselinePasses(model, config.stream, config.video))
+    assert relative_error(play(case, rollout), case.tensors["latents"]) <= 1e-4
+
+
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+@pytest.mark.parametrize("change", [{}, {"sink": 0}, {"sink": 6, "window": 15}, {"global_sink": False}], ids=str)
+def test_any_geometry_equals_the_oracle(change: dict[str, int], rope: str) -> None:
+    stream, model = StreamConfig(rope=rope, **change), tiny_transformer()
+    rollout = Rollout(model, stream, SMALL, passes=BaselinePasses(model, stream, SMALL))
+    noise, prompts, made = DrawnNoise(3, rollout.shape), {block: embeds(block) for block in (0, 2, 7)}, []
+    for block in range(11):
+        if block in prompts:
+            rollout.switch(prompts[block])
+        made.append(rollout.denoise_block(noise))
+    assert relative_error(torch.cat(made, 1), oracle(model, stream, SMALL, noise, prompts, 11)) <= 1e-4

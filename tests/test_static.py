@@ -1,0 +1,190 @@
+"""The fast path is one sequence of operations: traced once it goes on for ever, and it reads nothing back."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from golden_cases import relative_error
+from stream_case import SMALL, embeds, new_rollout, tiny_transformer
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.schema import StreamConfig
+from workers.models.denoise import Rollout
+from workers.models.noise import DrawnNoise
+from workers.models.static import Shape, TextKV
+from workers.models.static_passes import StaticPasses, all_plans
+
+ropes = pytest.mark.parametrize("rope", ["relative", "absolute"])
+WINDOW = 4
+"""Blocks of the default window."""
+
+
+def static_rollout(rope: str, **stream: object) -> tuple[Rollout, StaticPasses]:
+    """A static stream under a prompt, at its first block."""
+    rollout = new_rollout(tiny_transformer(), StreamConfig(rope=rope, **stream), SMALL, execution="static")
+    rollout.switch(embeds(0))
+    assert isinstance(rollout.passes, StaticPasses)
+    return rollout, rollout.passes
+
+
+def plain_stream(rope: str, blocks: int) -> Tensor:
+    rollout = new_rollout(tiny_transformer(), StreamConfig(rope=rope), SMALL)
+    rollout.switch(embeds(0))
+    noise = DrawnNoise(0, rollout.shape)
+    return torch.cat([rollout.denoise_block(noise) for _ in range(blocks)], 1)
+
+
+def steady_block(passes: StaticPasses) -> Callable[[], None]:
+    """All that a block with a full window does on the device."""
+    static, shape = passes.static, Shape(1, WINDOW, 0, passes.text_keys)
+
+    def block() -> None:
+        if passes.stream.rope == "relative":
+            static.store.move_sink(static.sink_turn)
+        for step in range(len(static.sigmas)):
+            static.step(step, shape)
+        static.remember(shape)
+
+    return block
+
+
+def go_on(rollout: Rollout, passes: StaticPasses, block: Callable[[], object], until: int) -> Tensor:
+    """Blocks by one function alone, its buffers filled before each; their latents."""
+    noise, made = DrawnNoise(0, rollout.shape), []
+    for number in range(rollout.block, until):
+        passes.fill(rollout.layout.denoise(number, rollout.anchor), number, noise)
+        block()
+        made.append(passes.static.latents.clone())
+    return torch.cat(made)[None]
+
+
+def first_blocks(rollout: Rollout) -> None:
+    noise = DrawnNoise(0, rollout.shape)
+    for _ in range(WINDOW):
+        rollout.denoise_block(noise)
+
+
+@ropes
+@torch.no_grad()
+def test_a_block_traced_once_makes_all_that_follow(rope: str) -> None:
+    rollout, passes = static_rollout(rope)
+    first_blocks(rollout)
+    kept = [(t, t.clone()) for t in passes.static.buffers()]
+    traced = make_fx(steady_block(passes))()
+    for tensor, before in kept:
+        tensor.copy_(before)
+    made = go_on(rollout, passes, traced, 21)
+    assert relative_error(made, plain_stream(rope, 21)[:, 3 * WINDOW :]) <= 1e-4
+
+
+@ropes
+@torch.no_grad()
+def test_a_block_compiles_whole_and_once(rope: str) -> None:
+    rollout, passes = static_rollout(rope)
+    first_blocks(rollout)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(steady_block(passes), fullgraph=True, backend="aot_eager")
+        made = go_on(rollout, passes, compiled, WINDOW + 20)
+    assert relative_error(made, plain_stream(rope, WINDOW + 20)[:, 3 * WINDOW :]) <= 1e-4
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where a tensor's value is read; counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), "a host read"
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@ropes
+@torch.no_grad()
+def test_every_block_does_the_same_and_reads_nothing(rope: str) -> None:
+    rollout, passes = static_rollout(rope)
+    first_blocks(rollout)
+    block, done = steady_block(passes), []
+
+    def watched() -> None:
+        with NothingRead() as mode:
+            block()
+        done.append(mode.operations)
+
+    go_on(rollout, passes, watched, WINDOW + 6)
+    assert all(operations == done[0] for operations in done)
+
+
+@ropes
+def test_addresses_never_change(rope: str) -> None:
+    """Whatever happens: first blocks, a full window, switches and recaches with prompts of any length."""
+    rollout, passes = static_rollout(rope)
+    noise = DrawnNoise(0, rollout.shape)
+    before = [tensor.data_ptr() for tensor in passes.static.buffers()]
+    for number in range(12):
+        if number in (2, 5, 9):
+            rollout.switch(embeds(number)[:, : 1 + number % 4])
+        rollout.denoise_block(noise)
+    assert [tensor.data_ptr() for tensor in passes.static.buffers()] == before
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"sink": 0}, {"sink": 6, "window": 15}, {"recache": "recent(3)"}, {"global_sink": False}], ids=str
+)
+@ropes
+def test_nothing_is_recorded_once_a_stream_runs(change: dict[str, object], rope: str) -> None:
+    """`record_all` meets every shape there is; each is recorded once."""
+    rollout, passes = static_rollout(rope, **change)
+    recorded: list[Callable[[], None]] = []
+
+    def record(function: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(function)
+        function()
+        return function
+
+    passes.record = record
+    passes.record_all()
+    count = len(recorded)
+    assert count > 0
+    noise = DrawnNoise(0, rollout.shape)
+    for number in range(14):
+        if number in (1, 3, 4, 6, 11):
+            rollout.switch(embeds(number))
+        rollout.denoise_block(noise)
+    rollout.resume(9, embeds(1))
+    rollout.denoise_block(noise)
+    passes.record_all()
+    assert len(recorded) == count
+
+
+def test_plans_of_a_stream_have_few_shapes() -> None:
+    """Four lengths while the window fills, and what a recache meets."""
+    stream = StreamConfig()
+    denoised = {plan.visible for plan, denoises in all_plans(stream) if denoises}
+    assert denoised == {1, 2, 3, 4}
+    assert {len(plan.slots) for plan, denoises in all_plans(stream) if not denoises} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 6, 31, 32, 63, 200, 255, 256, 512])
+def test_padding_counts_as_often_as_it_is_there(tokens: int) -> None:
+    """One padding key stands for all: the weights of softmax are those over 512 keys."""
+    model = tiny_transformer()
+    model.config = model.config.model_copy(update={"text_len": 512})
+    text = TextKV(model)
+    embedded = torch.randn(1, tokens, model.config.text_dim, generator=torch.Generator().manual_seed(tokens))
+    prompt = model.prompt_kv(embedded)
+    count = text.put(prompt, tokens)
+    assert count in text.lengths
+    assert count > tokens or tokens == count == 512
+    q = torch.randn(2, 7, model.config.head_dim)
+    keys, few = prompt.k[0][0].transpose(0, 1), text.k[0, :count].transpose(0, 1)
+    logits = q @ keys.transpose(1, 2) / math.sqrt(q.shape[-1])
+    cut = q @ few.transpose(1, 2) / math.sqrt(q.shape[-1]) + text.bias[:, :count]
+    whole = logits.softmax(-1) @ prompt.v[0][0].transpose(0, 1)
+    torch.testing.assert_close(cut.softmax(-1) @ text.v[0, :count].transpose(0, 1), whole, rtol=1e-4, atol=1e-5)

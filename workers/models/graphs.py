@@ -1,0 +1,46 @@
+"""Recording what a function launches on a GPU, to launch all of it again at once.
+
+Knows no model: a function without arguments that always does the same to the same memory.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Replay = Callable[[], None]
+Recorder = Callable[[Callable[[], None]], Replay]
+"""Takes a function, returns how to do again what it does."""
+
+WARM_UPS = 2
+"""Runs before a capture, in which libraries choose and allocate (pytorch.org/docs, CUDA semantics, CUDA graphs)."""
+
+
+def run_directly(function: Callable[[], None]) -> Replay:
+    """Records nothing: the function itself, for a CPU."""
+    return function
+
+
+class CudaGraphs:
+    """Captures functions as CUDA graphs that share one pool of memory.
+
+    Args:
+        graph: what is captured into; torch's own unless a test says otherwise.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def __call__(self, function: Callable[[], None]) -> Replay:
+        """Runs the function to warm it up, captures it, and returns the graph's replay."""
+        with torch.cuda.device(self._device), torch.inference_mode():
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    function()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                function()
+        return graph.replay

@@ -1,0 +1,239 @@
+"""The denoiser's fast path: one block as a sequence of operations whose shapes and addresses never change.
+
+What differs from block to block (noise, where to write, positions, the prompt) lies in buffers that are filled before.
+`transformer.py` and `passes.py` are the definition; this is the same arithmetic without what is the same every time:
+modulations of the few steps are tables, query, key and value are one product, the clean pass stops at the last layer's
+keys and values. Knows no blocks' numbers, prompts or clocks.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import LATENT_CHANNELS, PATCH, StreamConfig, VideoConfig
+from workers.models.kernels import gate_residual, norm_modulate, rms_norm, turned
+from workers.models.kv_store import KVStore
+from workers.models.rope import Rotation
+from workers.models.schedule import Schedule
+from workers.models.transformer import CausalWanTransformer, Layer, PromptKV, timestep_embedding
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is fixed in a captured pass: input blocks, slots seen, inputs that are the sink's, keys of the prompt."""
+
+    blocks: int
+    visible: int
+    sinks: int
+    text_keys: int
+
+
+def fuse_qkv(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Weight [3 dim, dim] and bias [3 dim] of a layer's self-attention; its linears become views of them."""
+    linears = [layer.self_attn.q, layer.self_attn.k, layer.self_attn.v]
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    bias = torch.cat([linear.bias.detach() for linear in linears])
+    for linear, part, offset in zip(linears, weight.chunk(3), bias.chunk(3), strict=True):
+        linear.weight, linear.bias = nn.Parameter(part, False), nn.Parameter(offset, False)
+    return weight, bias
+
+
+class StaticLayer:
+    """One layer's weights, its modulations at every timestep that occurs, and its work on [tokens, dim].
+
+    Args:
+        times: [T, 6, dim], the time projection of each timestep.
+    """
+
+    def __init__(self, layer: Layer, times: Tensor) -> None:
+        self.layer = layer
+        self.heads = layer.self_attn.heads
+        self.qkv_weight, self.qkv_bias = fuse_qkv(layer)
+        self.modulation = layer.modulation[0].float() + times.float()
+        self.modulation[:, (1, 4)] += 1
+        self.norm3 = (layer.norm3.weight.float(), layer.norm3.bias.float())
+        self.eps = layer.norm1.eps
+
+    def queries_keys_values(self, x: Tensor, time: int, turn: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, keys before rotation, values; each [tokens, heads, head_dim]."""
+        shift, scale = self.modulation[time, :2]
+        attn = self.layer.self_attn
+        y = F.linear(norm_modulate(x, scale, shift, self.eps), self.qkv_weight, self.qkv_bias)
+        q, k, v = y.chunk(3, dim=-1)
+        q = rms_norm(q, attn.norm_q.weight, attn.norm_q.eps).unflatten(-1, (self.heads, -1))
+        k = rms_norm(k, attn.norm_k.weight, attn.norm_k.eps).unflatten(-1, (self.heads, -1))
+        return turned(q, turn).to(x.dtype), turned(k, turn), k, v.unflatten(-1, (self.heads, -1))
+
+    def attend(self, x: Tensor, time: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of q over k and v, gated onto x."""
+        y = self.layer.self_attn.o(attention(q, k, v).flatten(-2))
+        return gate_residual(x, y, self.modulation[time, 2])
+
+    def finish(self, x: Tensor, time: int, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Cross-attention over the prompt's keys and values, then the feed-forward."""
+        shift, scale, gate = self.modulation[time, 3:]
+        attn = self.layer.cross_attn
+        q = attn.q(norm_modulate(x, *self.norm3, self.eps))
+        q = rms_norm(q, attn.norm_q.weight, attn.norm_q.eps).to(x.dtype).unflatten(-1, (self.heads, -1))
+        x = x + attn.o(attention(q, k, v, bias).flatten(-2))
+        y = self.layer.ffn(norm_modulate(x, scale, shift, self.eps))
+        return gate_residual(x, y, gate)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Full attention: q [Lq, heads, head_dim], k and v [Lk, heads, head_dim], bias [1, Lk] float32 of the logits."""
+    out = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), attn_mask=bias)
+    return out[0].transpose(0, 1)
+
+
+class TextKV:
+    """Cross-attention keys and values of the prompt in force, in place.
+
+    The padding of a prompt is one vector many times over: one key with the logarithm of their number as bias of its
+    logit stands for all (exact). What is left is cut to one of a few lengths.
+
+    Attributes:
+        k, v: [layers, text_len, heads, head_dim].
+        bias: [1, text_len] float32.
+    """
+
+    LENGTHS = (32, 64, 128, 256)
+
+    def __init__(self, model: CausalWanTransformer) -> None:
+        config = model.config
+        shape = (config.num_layers, config.text_len, config.num_heads, config.head_dim)
+        self.k = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        self.v = torch.zeros_like(self.k)
+        self.bias = torch.zeros(1, config.text_len, device=model.device)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """All lengths that occur."""
+        text_len = self.k.shape[1]
+        return (*(length for length in self.LENGTHS if length < text_len), text_len)
+
+    def put(self, prompt: PromptKV, tokens: int) -> int:
+        """Takes a prompt's keys and values over; returns how many keys there now are."""
+        for mine, new in ((self.k, prompt.k), (self.v, prompt.v)):
+            mine.copy_(torch.stack([layer[0] for layer in new]))
+        text_len = self.k.shape[1]
+        count = next(length for length in self.lengths if length >= min(tokens + 1, text_len))
+        bias = torch.full((1, text_len), -math.inf)
+        bias[:, :tokens] = 0.0
+        if tokens < text_len:
+            bias[:, tokens] = math.log(text_len - tokens)
+        self.bias.copy_(bias)
+        return count
+
+
+class StaticTransformer:
+    """A stream's passes over its buffers.
+
+    Attributes:
+        noise: [steps - 1, F, 16, h, w] float32, what is mixed back in after each step but the last.
+        latents: [F, 16, h, w] float32, the block at work: noise at first, clean after the last step.
+        past: [window blocks * F, 16, h, w] float32, latents to recompute the cache from.
+        turn: rotations of the inputs' tokens, up to a window of blocks; `sink_turn` those of the sink.
+        slots: [window blocks] int64, where the inputs are written.
+    """
+
+    def __init__(self, model: CausalWanTransformer, stream: StreamConfig, video: VideoConfig) -> None:
+        config, device = model.config, model.device
+        self.model, self.stream = model, stream
+        schedule = Schedule.from_config(stream)
+        self.sigmas = [schedule.sigma_at(step) for step in schedule.steps]
+        self.rows, self.columns = video.latent_height // PATCH, video.latent_width // PATCH
+        self.store = KVStore(
+            stream,
+            layers=config.num_layers,
+            heads=config.num_heads,
+            head_dim=config.head_dim,
+            frame_tokens=video.frame_tokens,
+            device=device,
+            dtype=model.dtype,
+        )
+        self.text = TextKV(model)
+        frames, shape = stream.frames_per_block, (LATENT_CHANNELS, video.latent_height, video.latent_width)
+        self.noise = torch.zeros(len(self.sigmas) - 1, frames, *shape, device=device)
+        self.latents = torch.zeros(frames, *shape, device=device)
+        self.past = torch.zeros(stream.window, *shape, device=device)
+        angles = (stream.window * video.frame_tokens, config.head_dim // 2)
+        self.turn = Rotation(torch.zeros(angles, device=device), torch.zeros(angles, device=device))
+        self.sink_turn = Rotation(*(t[: stream.sink * video.frame_tokens].clone() for t in self.turn))
+        self.slots = torch.zeros(stream.window_blocks, dtype=torch.int64, device=device)
+        self._bake((*schedule.steps, float(stream.context_noise)))
+
+    def buffers(self) -> list[Tensor]:
+        """All memory that passes read or write besides weights; it never moves."""
+        store, text = self.store, self.text
+        kept = [store.k, store.v, store.sink_k, text.k, text.v, text.bias]
+        return [*kept, self.noise, self.latents, self.past, *self.turn, *self.sink_turn, self.slots]
+
+    @property
+    def context(self) -> int:
+        """Which timestep of the tables is the clean pass's."""
+        return len(self.sigmas)
+
+    @torch.no_grad()
+    def _bake(self, timesteps: tuple[float, ...]) -> None:
+        """What follows from a timestep alone, for all that occur."""
+        model = self.model
+        embedded = [timestep_embedding(t, model.config.freq_dim, model.device) for t in timesteps]
+        time = model.time_embedding(torch.stack(embedded).to(model.dtype))
+        projected = model.time_projection(time).unflatten(-1, (6, -1))
+        self.layers = [StaticLayer(layer, projected) for layer in model.blocks]
+        self.head_modulation = model.head.modulation[0].float() + time.float()[:, None]
+        self.head_modulation[:, 1] += 1
+        self.patch_weight = model.patch_embedding.weight.flatten(1)
+
+    def step(self, number: int, shape: Shape) -> None:
+        """One denoising step of the block in `latents`, in place."""
+        clean = (self.latents.double() - self.sigmas[number] * self.flow(number, shape).double()).float()
+        if number + 1 < len(self.sigmas):
+            sigma = self.sigmas[number + 1]
+            clean = (1 - sigma) * clean + sigma * self.noise[number]
+        self.latents.copy_(clean)
+
+    def flow(self, time: int, shape: Shape) -> Tensor:
+        """The flow of the block in `latents`, [F, 16, h, w] float32; leaves its keys and values in the store."""
+        x = self._layers(self.latents, time, shape, to_the_end=True)
+        shift, scale = self.head_modulation[time]
+        y = self.model.head.head(norm_modulate(x, scale, shift, self.model.head.norm.eps))
+        return unpatchified(y, len(self.latents), self.rows, self.columns).float()
+
+    def remember(self, shape: Shape) -> None:
+        """Keys and values, and nothing else, of the clean block in `latents` or of the several in `past`."""
+        frames = shape.blocks * self.stream.frames_per_block
+        latents = self.latents if shape.blocks == 1 else self.past[:frames]
+        self._layers(latents, self.context, shape, to_the_end=False)
+
+    def _layers(self, latents: Tensor, time: int, shape: Shape, *, to_the_end: bool) -> Tensor:
+        x = F.linear(patchified(latents).to(self.model.dtype), self.patch_weight, self.model.patch_embedding.bias)
+        turn = Rotation(*(table[: len(x)] for table in self.turn))
+        slots = self.slots[: shape.blocks]
+        for index, layer in enumerate(self.layers):
+            q, k, raw_k, v = layer.queries_keys_values(x, time, turn)
+            self.store.write(index, slots, k, v)
+            if shape.sinks:
+                self.store.keep_sink(index, slots[: shape.sinks], raw_k[: shape.sinks * self.store.block_tokens])
+            if not to_the_end and index + 1 == len(self.layers):
+                break
+            x = layer.attend(x, time, q, *self.store.visible(index, shape.visible))
+            keys = slice(shape.text_keys)
+            x = layer.finish(x, time, self.text.k[index, keys], self.text.v[index, keys], self.text.bias[:, keys])
+        return x
+
+
+def patchified(latents: Tensor) -> Tensor:
+    """[F, 16, 2 rows, 2 columns] -> [F * rows * columns, 16 * 2 * 2]."""
+    x = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+
+
+def unpatchified(x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+    """[frames * rows * columns, 2 * 2 * 16] -> [frames, 16, 2 rows, 2 columns]."""
+    x = x.view(frames, rows, columns, PATCH, PATCH, LATENT_CHANNELS)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(frames, LATENT_CHANNELS, rows * PATCH, columns * PATCH)

@@ -1,0 +1,140 @@
+"""The passes of a stream on the fast path: fills the static buffers, runs what was recorded for the shape at hand."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from configs.schema import PATCH, StreamConfig, VideoConfig
+from workers.models.graphs import Recorder, Replay, run_directly
+from workers.models.kv_cache import CacheLayout, CachePlan
+from workers.models.noise import NoiseSource
+from workers.models.rope import Rotation, rotation
+from workers.models.static import Shape, StaticTransformer
+from workers.models.transformer import CausalWanTransformer
+
+Key = tuple[str | int, Shape | None]
+"""Which pass of which shape: a step by its number, `remember`, `recompute`, `move sink`."""
+
+
+class StaticPasses:
+    """As `passes.PlainPasses`, with shapes, addresses and operations that stay.
+
+    Args:
+        record: takes what a pass does once, returns how to do it again.
+    """
+
+    def __init__(
+        self,
+        model: CausalWanTransformer,
+        stream: StreamConfig,
+        video: VideoConfig,
+        on_pass: Callable[[], None] = lambda: None,
+        record: Recorder = run_directly,
+    ) -> None:
+        self.model, self.stream = model, stream
+        self.static = StaticTransformer(model, stream, video)
+        self._rows, self._columns = video.latent_height // PATCH, video.latent_width // PATCH
+        self._on_pass = on_pass
+        self.record = record
+        self._recorded: dict[Key, Replay] = {}
+        self.text_keys = 0
+        self._sink_at: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.static.store.nbytes
+
+    def take_prompt(self, embeds: Tensor) -> None:
+        self.text_keys = self.static.text.put(self.model.prompt_kv(embeds), embeds.shape[1])
+
+    def denoise(self, plan: CachePlan, block: int, noise: NoiseSource) -> Tensor:
+        shape = self.fill(plan, block, noise)
+        for step in range(len(self.static.sigmas)):
+            self._run(step, shape)
+            self._on_pass()
+        return self.static.latents.clone()[None]
+
+    def fill(self, plan: CachePlan, block: int, noise: NoiseSource) -> Shape:
+        """Puts into the buffers all in which a block differs from others."""
+        static, shape = self.static, self._place(plan)
+        static.latents.copy_(noise.start(block)[0])
+        for step in range(len(static.sigmas) - 1):
+            static.noise[step].copy_(noise.between(block, step)[0])
+        return shape
+
+    def remember(self, plan: CachePlan, clean: Tensor) -> None:
+        shape = self._place(plan)
+        target = self.static.latents if shape.blocks == 1 else self.static.past[: clean.shape[1]]
+        target.copy_(clean[0])
+        self._run("remember", shape)
+        self._on_pass()
+
+    def record_all(self) -> None:
+        """Records every pass that a stream can meet, for every length of prompt; leaves the buffers as it likes."""
+        static = self.static
+        for text_keys in static.text.lengths:
+            for plan, denoises in all_plans(self.stream):
+                shape = self._shape(plan, text_keys)
+                for kind in (*range(len(static.sigmas)), "remember") if denoises else ("remember",):
+                    self._replay(kind, shape)
+        if self.stream.sink and self.stream.rope == "relative":
+            self._replay("move sink", None)
+
+    def _place(self, plan: CachePlan) -> Shape:
+        """Writes where the inputs stand and go; moves the sink if it is not there yet."""
+        static = self.static
+        if plan.sink is not None and plan.sink != self._sink_at:
+            _fill(static.sink_turn, self._rotation(range(plan.sink, plan.sink + self.stream.sink)))
+            self._run("move sink", None)
+            self._sink_at = plan.sink
+        _fill(static.turn, self._rotation(plan.frames))
+        static.slots[: len(plan.slots)].copy_(torch.tensor(plan.slots))
+        if plan.slots[0] == 0:
+            self._sink_at = plan.frames[0]
+        return self._shape(plan, self.text_keys)
+
+    def _rotation(self, frames: Iterable[int]) -> Rotation:
+        cpu = torch.device("cpu")
+        return rotation(tuple(frames), self._rows, self._columns, self.model.config.head_dim, cpu)
+
+    def _shape(self, plan: CachePlan, text_keys: int) -> Shape:
+        sinks = sum(slot < self.stream.sink_blocks for slot in plan.slots)
+        return Shape(len(plan.slots), plan.visible, sinks, text_keys)
+
+    def _run(self, kind: str | int, shape: Shape | None) -> None:
+        self._replay(kind, shape)()
+
+    def _replay(self, kind: str | int, shape: Shape | None) -> Replay:
+        key = (kind, shape)
+        if key not in self._recorded:
+            self._recorded[key] = self.record(lambda: self._once(kind, shape))
+        return self._recorded[key]
+
+    def _once(self, kind: str | int, shape: Shape | None) -> None:
+        static = self.static
+        if shape is None:
+            static.store.move_sink(static.sink_turn)
+        elif isinstance(kind, int):
+            static.step(kind, shape)
+        else:
+            static.remember(shape)
+
+
+def _fill(mine: Rotation, new: Rotation) -> None:
+    for table, values in zip(mine, new, strict=True):
+        table[: len(values)].copy_(values)
+
+
+def all_plans(stream: StreamConfig) -> list[tuple[CachePlan, bool]]:
+    """One plan of every shape that a stream can meet, and whether blocks are denoised under it."""
+    layout = CacheLayout(stream)
+    plans: list[tuple[CachePlan, bool]] = []
+    for block in range(2 * stream.window_blocks + 1):
+        plans.append((layout.denoise(block, 0), True))
+        if block:
+            plans.append((layout.reanchor(block)[0], False))
+            recache = layout.recache(block, 0)
+            if recache is not None:
+                plans.append((recache[0], False))
+    return plans
