@@ -1,18 +1,21 @@
-"""The pipeline that speed is measured against computes the same streams."""
+"""What speed is measured against computes the same streams and pictures."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from baseline import BaselinePasses, load_baseline
+from baseline_vae import BaselineVae
 from golden_cases import cases, load, relative_error
 from model_files import case_config, write_case
 from peft.tuners.lora import LoraLayer
 from stream_case import CPU, SMALL, embeds, oracle, play, tiny_transformer
+from test_vae import config_of, with_golden_weights
 
 from configs.schema import RuntimeConfig, StreamConfig
 from workers.models.denoise import Rollout
 from workers.models.noise import DrawnNoise
+from workers.models.vae import VaeDecoder
 
 STREAMS = cases("stream")
 
@@ -40,3 +43,13 @@ def test_any_geometry_equals_the_oracle(change: dict[str, int], rope: str) -> No
             rollout.switch(prompts[block])
         made.append(rollout.denoise_block(noise))
     assert relative_error(torch.cat(made, 1), oracle(model, stream, SMALL, noise, prompts, 11)) <= 1e-4
+
+
+@pytest.mark.parametrize("path", cases("vae"), ids=lambda path: f"golden-{path.name}-baseline")
+@torch.inference_mode()
+def test_decoder_equals_the_reference(path: Path) -> None:
+    case = load(path)
+    decoder = BaselineVae(with_golden_weights(VaeDecoder(config_of(case), "plain"), case))
+    latents = case.tensors["latents"]
+    pixels = torch.cat([decoder.decode(latents[:, i]) for i in range(latents.shape[1])], 1)
+    assert relative_error(pixels, case.tensors["pixels_unclamped"]) <= 1e-4

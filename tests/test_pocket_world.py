@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from configs.load import load_config
 from pocket.captions import MOTIONS, Scene, draw_scene, phrase
 from pocket.chance import coupled, place
-from pocket.clips import CHANGES, FIRST, LATER, changed, draw_story, frames_of
+from pocket.clips import CHANGES, FIRST, LATER, SLID, changed, draw_story, frames_of
 from pocket.pool import MOST_TOKENS, draw_stories, token_ids
 from pocket.world import HEIGHT, WIDTH, Start, tracks
+from workers.models.kv_cache import CacheLayout
 from workers.models.prompt_text import clean, pocket_tokenizer
 
 SCENE = Scene(1, "medium", "red", "circle", "right")
@@ -76,6 +78,17 @@ def test_stories_are_the_same_whatever_the_number_of_processes() -> None:
     one, two = (draw_stories(6, 4, seed=5, switching=0.5, workers=workers) for workers in (1, 2))
     assert [story for story, _ in one] == [story for story, _ in two]
     assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(one, two, strict=True))
+
+
+def test_scenes_change_before_and_after_the_window_has_slid() -> None:
+    """The two recaches of the runtime differ: only the later one keeps the sink of the scene before."""
+    rng = np.random.default_rng(0)
+    blocks = [draw_story(rng, SLID + 3, switching=1.0).block for _ in range(400)]
+    assert set(blocks) == set(range(1, SLID + 2))
+    assert 0.5 < np.mean([block >= SLID for block in blocks]) < 0.8
+    stream = load_config("pocket").stream
+    kept = {block for block in range(1, 9) if 0 not in CacheLayout(stream).recache(block, 0)[0].slots}
+    assert min(kept) == SLID
 
 
 def test_noise_says_the_start_it_was_coupled_with() -> None:

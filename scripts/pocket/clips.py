@@ -23,6 +23,10 @@ LEARNED_SHARE = (0.2, 0.4, 0.2, 0.2)
 """How often each of them does in what is learned; shapes are the hardest to let go of."""
 
 
+SLID = 5
+"""The first block before which the window has slid: from there on a switch keeps the sink of the scene before."""
+
+
 @dataclass(frozen=True)
 class Story:
     """What a clip shows: a scene, and from a block on perhaps another.
@@ -49,7 +53,7 @@ def frames_of(blocks: int) -> int:
 
 
 def draw_story(rng: np.random.Generator, blocks: int, switching: float, held_out: bool = False) -> Story:
-    """A story at random; a share of them changes scene at a block between 1 and the last but one."""
+    """A story at random; a share of them changes scene at a block between 1 and the last but one, half from SLID on."""
     start = Start(rng.uniform(*START_X), rng.uniform(*START_Y))
     second = draw_scene(rng, held_out)
     if rng.random() >= switching or blocks < 3:
@@ -59,7 +63,8 @@ def draw_story(rng: np.random.Generator, blocks: int, switching: float, held_out
     if rng.random() < 0.75:
         what = CHANGES[int(rng.choice(len(CHANGES), p=LEARNED_SHARE))]
         second = changed(first, what, rng, False if not held_out else None)
-    block = int(rng.integers(1, blocks - 1))
+    earliest = SLID if rng.random() < 0.5 and blocks - 1 > SLID else 1
+    block = int(rng.integers(earliest, blocks - 1))
     return Story(start, first, phrase(first, rng), second, phrase(second, rng), block)
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pocket.charts import save_sheet
+from pocket.clips import SLID
 from pocket.forcing import Batch, SelfForcing, opening_loss, teacher_forcing_loss
 from pocket.latents import pool
 from pocket.masters import Masters
@@ -89,11 +90,10 @@ def _roll(run: Training, stage: str, phase: Phase, networks: Networks, masters: 
     torch.manual_seed(run.seed + 5)
     blocks = torch.unique(clips.block).tolist()
     for step, progress in steps(run, stage, phase, masters):
-        likely = torch.tensor([3.0 if block == 0 else 1.0 for block in blocks])
+        likely = torch.tensor([4.0 if block == 0 else 1.0 if block < SLID else 2.5 for block in blocks])
         block = blocks[int(torch.multinomial(likely, 1, generator=generator))]
         batch = clips.batch(clips.chosen(phase.batch, generator, block), block)
-        given = int(torch.randint(batch.latents.shape[1] // networks.plain.per_block - 1, (), generator=generator))
-        losses = _learn(networks, forcing, batch, given if step % 2 else 0)
+        losses = _learn(networks, forcing, batch, _given(batch, networks, generator) if step % 2 else 0)
         norm = masters.step(progress)
         if step % max(1, run.recipe.look // 8) == 0:
             run.log(stage, step=step, loss=float(sum(losses) / len(losses)), block=block, norm=float(norm))
@@ -101,6 +101,12 @@ def _roll(run: Training, stage: str, phase: Phase, networks: Networks, masters: 
             _look(run, stage, networks, masters, schedule)
     _look(run, stage, networks, masters, schedule)
     masters.show_average()
+
+
+def _given(batch: Batch, networks: Networks, generator: torch.Generator) -> int:
+    """How many blocks a rollout is given: what was before a change of scene, or any number."""
+    blocks = batch.latents.shape[1] // networks.plain.per_block
+    return batch.block or int(torch.randint(blocks - 1, (), generator=generator))
 
 
 def _learn(networks: Networks, forcing: SelfForcing, batch: Batch, given: int) -> list[Tensor]:

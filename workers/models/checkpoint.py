@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from configs.schema import LoraConfig, ModelConfig, VaeConfig
 from ipc.errors import ConfigError
-from workers.models.causal_conv import ConvKind
+from workers.models.causal_conv import ConvKind, fastest_kind
 from workers.models.random_weights import DrawnTensors
 from workers.models.tensor_file import TensorFile, damaged, open_tensors, shown
 from workers.models.transformer import CausalWanTransformer, Layer
@@ -66,9 +66,10 @@ def load_adapter(model: ModelConfig, transformer: CausalWanTransformer) -> list[
     return [_layer_adapter(adapter, f"blocks.{index}.", transformer.device) for index in layers]
 
 
-def load_vae_decoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeDecoder:
-    """The VAE's decoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
-    return _vae_part(_on_meta(lambda: VaeDecoder(model.vae, conv)), model, device).prepare()
+def load_vae_decoder(model: ModelConfig, device: torch.device, conv: ConvKind | None = None) -> VaeDecoder:
+    """The VAE's decoder in `model.vae_dtype`, by the fastest convolution there. Raises CheckpointError, ConfigError."""
+    kind = conv or fastest_kind(device, getattr(torch, model.vae_dtype))
+    return _vae_part(_on_meta(lambda: VaeDecoder(model.vae, kind)), model, device).prepare()
 
 
 def load_vae_encoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeEncoder:

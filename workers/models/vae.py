@@ -17,6 +17,7 @@ from workers.models.causal_conv import (
     FrameAttention,
     Numbers,
     ResidualBlock,
+    activated,
     prepare,
 )
 
@@ -41,7 +42,7 @@ class Upsample(nn.Module):
     def _more_frames(self, x: Tensor, cache: Cache, batch: int, conv: CausalConv3d) -> Tensor:
         """Two frames for each, but one for the first of a stream, which later frames do not see either."""
         if conv.number not in cache:
-            cache[conv.number] = torch.zeros_like(x).repeat(conv.kernel[0] - 1, 1, 1, 1)
+            cache[conv.number] = torch.zeros_like(x).repeat(conv.kernel[0] - 1, 1, 1, 1)  # for `direct` without room
             return x
         pairs = conv(x, cache, batch).unflatten(-1, (2, -1)).unflatten(0, (-1, batch))
         return pairs.permute(0, 4, 1, 2, 3, 5).flatten(0, 2)
@@ -84,15 +85,15 @@ class Decoder(nn.Module):
         x = self.conv1(x, cache, batch)
         for part in (*self.middle, *self.upsamples):
             x = part(x, cache, batch)
-        norm, silu, conv = self.head
-        return conv(silu(norm(x)), cache, batch)
+        norm, _, conv = self.head
+        return activated(x, norm, conv, cache, batch)
 
 
 class VaeDecoder(nn.Module):
     """Decodes a stream of latents.
 
     Args:
-        conv: `plain` is the definition, `stacked` the fast way on a CPU.
+        conv: `plain` is the definition, `stacked` and `direct` are the fast ways.
     """
 
     def __init__(self, config: VaeConfig, conv: ConvKind = "stacked") -> None:
