@@ -13,6 +13,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Execution = Literal["plain", "static"]
 """How the denoiser's passes are computed: one operation after the other, or with shapes and addresses that stay."""
+KVKind = Literal["model", "int8", "fp8"]
+"""How the fast path keeps keys and values: in `model.dtype`, or in 8 bits with a scale for each token and head."""
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 StageName = Literal["text_encoder", "denoiser", "vae_decoder", "output"]
 STAGES: tuple[StageName, ...] = ("text_encoder", "denoiser", "vae_decoder", "output")
@@ -313,13 +315,21 @@ class SupervisionConfig(Part):
 
 
 class ExecutionConfig(Part):
-    """How the networks are computed; what they compute is the same.
+    """How the networks are computed; unless it says otherwise, what they compute is the same.
 
-    `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs.
+    `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs; `kv`
+    keeps its keys and values in 8 bits, which is not exact.
     """
 
     denoiser: Execution = "static"
     graphs: bool = True
+    kv: KVKind = "model"
+
+    @model_validator(mode="after")
+    def _plain_is_exact(self) -> "ExecutionConfig":
+        if self.denoiser == "plain" and self.kv != "model":
+            raise ValueError(f"kv: {self.kv} needs denoiser: static, found denoiser: plain")
+        return self
 
 
 class RuntimeConfig(Part):

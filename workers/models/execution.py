@@ -17,4 +17,4 @@ def choose_passes(
         return PlainPasses(model, config.stream, config.video, on_pass)
     graphs = config.execution.graphs and model.device.type == "cuda"
     record = CudaGraphs(model.device) if graphs else run_directly
-    return StaticPasses(model, config.stream, config.video, on_pass, record)
+    return StaticPasses(model, config.stream, config.video, on_pass, record, config.execution.kv)

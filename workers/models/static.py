@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import LATENT_CHANNELS, PATCH, StreamConfig, VideoConfig
+from configs.schema import LATENT_CHANNELS, PATCH, KVKind, StreamConfig, VideoConfig
 from workers.models.kernels import gate_residual, norm_modulate, rms_norm, turned
-from workers.models.kv_store import KVStore
+from workers.models.kv_store import new_store
 from workers.models.rope import Rotation
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer, Layer, PromptKV, timestep_embedding
@@ -140,20 +140,23 @@ class StaticTransformer:
         slots: [window blocks] int64, where the inputs are written.
     """
 
-    def __init__(self, model: CausalWanTransformer, stream: StreamConfig, video: VideoConfig) -> None:
+    def __init__(
+        self, model: CausalWanTransformer, stream: StreamConfig, video: VideoConfig, kv: KVKind = "model"
+    ) -> None:
         config, device = model.config, model.device
         self.model, self.stream = model, stream
         schedule = Schedule.from_config(stream)
         self.sigmas = [schedule.sigma_at(step) for step in schedule.steps]
         self.rows, self.columns = video.latent_height // PATCH, video.latent_width // PATCH
-        self.store = KVStore(
+        self.store = new_store(
+            kv,
             stream,
+            model.dtype,
             layers=config.num_layers,
             heads=config.num_heads,
             head_dim=config.head_dim,
             frame_tokens=video.frame_tokens,
             device=device,
-            dtype=model.dtype,
         )
         self.text = TextKV(model)
         frames, shape = stream.frames_per_block, (LATENT_CHANNELS, video.latent_height, video.latent_width)
@@ -168,9 +171,19 @@ class StaticTransformer:
 
     def buffers(self) -> list[Tensor]:
         """All memory that passes read or write besides weights; it never moves."""
-        store, text = self.store, self.text
-        kept = [store.k, store.v, store.sink_k, text.k, text.v, text.bias]
-        return [*kept, self.noise, self.latents, self.past, *self.turn, *self.sink_turn, self.slots]
+        text = self.text
+        return [
+            *self.store.buffers(),
+            text.k,
+            text.v,
+            text.bias,
+            self.noise,
+            self.latents,
+            self.past,
+            *self.turn,
+            *self.sink_turn,
+            self.slots,
+        ]
 
     @property
     def context(self) -> int:

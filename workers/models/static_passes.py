@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from configs.schema import PATCH, StreamConfig, VideoConfig
+from configs.schema import PATCH, KVKind, StreamConfig, VideoConfig
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
@@ -22,6 +22,7 @@ class StaticPasses:
 
     Args:
         record: takes what a pass does once, returns how to do it again.
+        kv: how keys and values are kept.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class StaticPasses:
         video: VideoConfig,
         on_pass: Callable[[], None] = lambda: None,
         record: Recorder = run_directly,
+        kv: KVKind = "model",
     ) -> None:
         self.model, self.stream = model, stream
-        self.static = StaticTransformer(model, stream, video)
+        self.static = StaticTransformer(model, stream, video, kv)
         self._rows, self._columns = video.latent_height // PATCH, video.latent_width // PATCH
         self._on_pass = on_pass
         self.record = record
