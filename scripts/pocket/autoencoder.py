@@ -99,10 +99,10 @@ def loss_of(model: Autoencoder, pixels: Tensor) -> tuple[Tensor, dict[str, Tenso
     return loss, {"error": error, "edges": edges, "size": size, "mse": (made - pixels).square().mean()}
 
 
-def error_of(made: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Absolute error and error of edges; near objects they count more."""
+def error_of(made: Tensor, pixels: Tensor, object_weight: float = OBJECT_WEIGHT) -> tuple[Tensor, Tensor]:
+    """Absolute error and error of edges; near objects they count `1 + object_weight` times."""
     off = made - pixels
-    weight = 1 + OBJECT_WEIGHT * near_objects(pixels)
+    weight = 1 + object_weight * near_objects(pixels)
     error = (weight * off.abs()).mean() + off.square().mean()
     edges = (weight[..., 1:] * off.diff(dim=-1).abs()).mean() + (weight[..., 1:, :] * off.diff(dim=-2).abs()).mean()
     return error, edges

@@ -19,8 +19,10 @@ START_X, START_Y = (16.0, 144.0), (16.0, 80.0)
 """Where a stream's first object may be, in pixels."""
 CHANGES = ("colour", "shape", "motion", "ground")
 """What a change of scene may change alone."""
-LEARNED_SHARE = (0.2, 0.4, 0.2, 0.2)
-"""How often each of them does in what is learned; shapes are the hardest to let go of."""
+LEARNED_SHARE = (0.1, 0.4, 0.35, 0.15)
+"""How often each of them does in what is learned; shapes are the hardest to let go of, then motions."""
+SIZING_SHARE = 0.3
+"""How often a new motion is growing or shrinking: what it goes on from is a size as well."""
 
 
 SLID = 5
@@ -63,6 +65,9 @@ def draw_story(rng: np.random.Generator, blocks: int, switching: float, held_out
     if rng.random() < 0.75:
         what = CHANGES[int(rng.choice(len(CHANGES), p=LEARNED_SHARE))]
         second = changed(first, what, rng, False if not held_out else None)
+        if what == "motion" and rng.random() < SIZING_SHARE:
+            sized = replace(second, motion=str(rng.choice(("grow", "shrink"))), size="medium")
+            second = sized if sized.held_out == held_out else second
     earliest = SLID if rng.random() < 0.5 and blocks - 1 > SLID else 1
     block = int(rng.integers(earliest, blocks - 1))
     return Story(start, first, phrase(first, rng), second, phrase(second, rng), block)

@@ -3,7 +3,7 @@
 Each figure is a list of outcomes under a name; a block's outcome is what most of its frames show. Knows no bar.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -13,7 +13,19 @@ from torch import Tensor
 
 from configs.schema import RuntimeConfig
 from pocket.captions import Scene, draw_scene, phrase
-from pocket.clips import CHANGES, FIRST, LATER, as_pixels, changed, draw_frames, draw_story, frames_of
+from pocket.clips import (
+    CHANGES,
+    FIRST,
+    LATER,
+    START_X,
+    START_Y,
+    Story,
+    as_pixels,
+    changed,
+    draw_frames,
+    draw_story,
+    frames_of,
+)
 from pocket.judge import Ground, Seen, ground, look, most, motion
 from pocket.world import HEIGHT, WIDTH, Start
 from workers.models.checkpoint import load_vae_decoder, load_vae_encoder
@@ -106,13 +118,18 @@ def score_stream(scores: Scores, scene: Scene, blocks: Sequence[Block], prefix: 
 
 
 def judge_accuracy(scores: Scores, seed: int, clips: int, say: Progress) -> None:
-    """What the judge says of rendered videos against what was rendered, all in one figure."""
+    """What the judge says of rendered videos, half as many of them with a change, against what was rendered."""
     rng, own = np.random.default_rng((seed, 1)), Scores()
     for number in range(clips):
         story = draw_story(rng, TEN_SECONDS, 0.0)
         video = draw_frames(story, frames_of(TEN_SECONDS), torch.device("cpu")).numpy()
         score_stream(own, story.second, by_block(video)[1:])
         say(f"judge {number + 1}/{clips}")
+    for what, at, before, after in _switched_scenes(rng, clips // 2):
+        story = Story(Start(rng.uniform(*START_X), rng.uniform(*START_Y)), before, "", after, "", at)
+        seen = by_block(draw_frames(story, frames_of(at + AFTER_SWITCH), torch.device("cpu")).numpy())
+        own.add("switch", _in_time(first_shown(what, after, seen, at)))
+        say(f"judge, a {what} that changes")
     for name, values in own.values.items():
         for value in values:
             scores.add("judge", value)
@@ -144,17 +161,13 @@ def _short(blocks: Sequence[Block]) -> str:
 def switches(scores: Scores, make: Make, seed: int, count: int, say: Progress) -> None:
     """Streams with one prompt switch that changes one thing: is it on screen soon, and does the rest stay."""
     rng = np.random.default_rng((seed, 3))
-    for number in range(count):
-        what = CHANGES[number % len(CHANGES)]
-        at = SWITCHED_AT[number // len(CHANGES) % len(SWITCHED_AT)]
-        before = draw_scene(rng)
-        after = changed(before, what, rng, None)
+    for number, (what, at, before, after) in enumerate(_switched_scenes(rng, count)):
         prompts = [phrase(before, rng), phrase(after, rng)]
         seen = by_block(make(prompts, at + AFTER_SWITCH, seed * 1000 + 500 + number, (at,)))
         soon = first_shown(what, after, seen, at)
-        scores.add("switched within 2 blocks", soon is not None and soon <= SOON)
-        scores.add(f"switched {what}", soon is not None and soon <= SOON)
-        scores.add(f"switched at block {at}", soon is not None and soon <= SOON)
+        scores.add("switched within 2 blocks", _in_time(soon))
+        scores.add(f"switched {what}", _in_time(soon))
+        scores.add(f"switched at block {at}", _in_time(soon))
         kept = keeps(what, before, after, seen, at)
         for name, held in kept.items():
             scores.add("kept", held)
@@ -164,6 +177,18 @@ def switches(scores: Scores, make: Make, seed: int, count: int, say: Progress) -
             f"switch {number + 1}/{count}: {' -> '.join(prompts)}: after {soon} blocks"
             + (f", lost {lost}" * bool(lost))
         )
+
+
+def _switched_scenes(rng: np.random.Generator, count: int) -> Iterator[tuple[str, int, Scene, Scene]]:
+    """What changes, at which block, the scene before and the one after."""
+    for number in range(count):
+        what = CHANGES[number % len(CHANGES)]
+        before = draw_scene(rng)
+        yield what, SWITCHED_AT[number // len(CHANGES) % len(SWITCHED_AT)], before, changed(before, what, rng, None)
+
+
+def _in_time(blocks: int | None) -> bool:
+    return blocks is not None and blocks <= SOON
 
 
 def first_shown(what: str, scene: Scene, seen: Sequence[Block], at: int) -> int | None:

@@ -22,6 +22,8 @@ BRIGHT = 140
 """Least value of an object's brightest channel."""
 LEAST_AREA = 40
 """Pixels below which a bright spot is no object."""
+SIZING = 0.15
+"""Change of an object's size, in pixels a frame, below which it stands still."""
 SPOT_AREA = 12
 """Pixels from which a bright spot that is no object counts as dirt."""
 
@@ -169,10 +171,20 @@ def motion(frames: Sequence[Sequence[Seen]], width: int, height: int) -> str:
         return _direction(mean)
     if speed > 0.7:
         return "bounce" if steps[:, 0].std() < 0.4 * steps[:, 1].std() else "circle"
-    growth = float(np.median(_smoothed(np.array(sizes)[:, None])))
-    if abs(growth) > 0.15:
-        return "grow" if growth > 0 else "shrink"
-    return "still"
+    return _sizing(_smoothed(np.array(sizes)[:, None])[:, 0])
+
+
+def _sizing(growth: np.ndarray) -> str:
+    """Growing, shrinking or neither, from changes of size [n] in pixels a frame.
+
+    What grows comes back faster than it grew: where sizes go both ways for a while, the slower way is the motion.
+    """
+    rising, falling = growth > SIZING, growth < -SIZING
+    if np.mean(rising | falling) < 0.5:
+        return "still"
+    if min(rising.mean(), falling.mean()) < 0.2:
+        return "grow" if rising.sum() > falling.sum() else "shrink"
+    return "grow" if growth[rising].mean() < -growth[falling].mean() else "shrink"
 
 
 def _move(before: Sequence[Seen], after: Sequence[Seen], width: int, height: int) -> tuple[float, float]:

@@ -75,6 +75,7 @@ def card_rows(folder: Path) -> list[str]:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o644)  # safetensors keeps what it writes to its owner
 
 
 def _adapter_config(adapter: dict[str, Tensor]) -> dict[str, object]:

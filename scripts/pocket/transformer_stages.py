@@ -1,5 +1,6 @@
 """The stages of the transformer: teacher forcing, self-forcing, adapter; each from files to files in one folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -137,11 +138,15 @@ def _look(run: Training, stage: str, networks: Networks, masters: Masters, sched
     batch = clips.batch(torch.arange(count, device=run.device))
     embeds = networks.embeds(batch.second)
     text = networks.plain.text(embeds)
-    state = torch.random.get_rng_state()
-    forcing = SelfForcing(networks.plain, run.config.stream, schedule)
+    forcing = SelfForcing(networks.plain, run.config.stream, schedule, draw=_same_noise(run))
     lesson = forcing.rollout(batch, lambda after: text)
-    torch.random.set_rng_state(state)
     errors = [float(e.mean()) for e in lesson.errors]
     run.log(f"{stage}_look", step=masters.steps, **{f"block{i}": e for i, e in enumerate(errors)})
     masters.show_masters()
     save_sheet(run, stage, lesson.latents[:8], batch.latents[:8])
+
+
+def _same_noise(run: Training) -> Callable[[Tensor], Tensor]:
+    """Noise that is the same in every look: looks differ by the weights alone."""
+    generator = torch.Generator().manual_seed(run.seed + 6)
+    return lambda like: torch.randn(like.shape, generator=generator).to(like)
