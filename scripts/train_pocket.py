@@ -6,6 +6,8 @@ Stages that are done are skipped, one that was interrupted goes on. Nothing is d
 lie in the folder as PNG; what `ship` writes to its folder `shipped` can be run at once:
 
     .venv/bin/orchestrator start --config out/pocket/shipped/config.yaml
+
+With `--on` the shipped VAE and transformer stand for the stages up to the teacher's, and few steps are learned further.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from configs.load import load_config
 from pocket.charts import save_curves
 from pocket.decoder_stage import train_decoder
 from pocket.recipe import RECIPES, timed
-from pocket.shipping import ship
+from pocket.shipping import ship, unship
 from pocket.training import Training
 from pocket.transformer_stages import train_adapter, train_self_forcing, train_teacher
 from pocket.vae_stage import train_vae
@@ -38,8 +40,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--recipe", choices=RECIPES, help="default: gpu on a GPU, else cpu")
-    parser.add_argument("--stages", default=",".join(STAGES), help="some of them, comma-separated")
+    parser.add_argument("--stages", help="some of them, comma-separated; else all, with --on those after the teacher's")
     parser.add_argument("--begin", type=Path, help="weights of an earlier run that the first stage begins with")
+    parser.add_argument(
+        "--on", action="store_true", help="goes on from the shipped weights: VAE and teacher are theirs"
+    )
     parser.add_argument("--minutes", type=float, help="for every stage, in place of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw stories")
@@ -57,8 +62,11 @@ def main() -> None:
         workers=given.workers,
         compile=given.compile,
     )
+    shipped = ("vae", "decoder", "teacher") if given.on else ()
+    stages = given.stages.split(",") if given.stages else [stage for stage in STAGES if stage not in shipped]
+    unship(run.config.model, run, [stage for stage in shipped if stage not in stages])
     begin = given.begin
-    for stage in given.stages.split(","):
+    for stage in stages:
         train, made = STAGES[stage]
         if run.file(made).exists():
             run.say(f"{stage}: done before ({made})")

@@ -54,14 +54,23 @@ def frames_of(blocks: int) -> int:
     return FIRST + LATER * (blocks - 1)
 
 
-def draw_story(rng: np.random.Generator, blocks: int, switching: float, held_out: bool = False) -> Story:
-    """A story at random; a share of them changes scene at a block between 1 and the last but one, half from SLID on."""
+def draw_story(
+    rng: np.random.Generator, blocks: int, switching: float, held_out: bool = False, small: float = 0.0
+) -> Story:
+    """A story at random; a share of them changes scene at a block between 1 and the last but one, half from SLID on.
+
+    Args:
+        small: the share whose objects are made small, but for those whose size is their motion.
+    """
     start = Start(rng.uniform(*START_X), rng.uniform(*START_Y))
+    shrunk = rng.random() < small
     second = draw_scene(rng, held_out)
+    second = smaller(second) if shrunk else second
     if rng.random() >= switching or blocks < 3:
         caption = phrase(second, rng)
         return Story(start, second, caption, second, caption, 0)
     first = draw_scene(rng, held_out)
+    first = smaller(first) if shrunk else first
     if rng.random() < 0.75:
         what = CHANGES[int(rng.choice(len(CHANGES), p=LEARNED_SHARE))]
         second = changed(first, what, rng, False if not held_out else None)
@@ -71,6 +80,11 @@ def draw_story(rng: np.random.Generator, blocks: int, switching: float, held_out
     earliest = SLID if rng.random() < 0.5 and blocks - 1 > SLID else 1
     block = int(rng.integers(earliest, blocks - 1))
     return Story(start, first, phrase(first, rng), second, phrase(second, rng), block)
+
+
+def smaller(scene: Scene) -> Scene:
+    """The scene with small objects; the same one where their size is their motion."""
+    return scene if scene.motion in ("grow", "shrink") else replace(scene, size="small")
 
 
 def changed(scene: Scene, what: str, rng: np.random.Generator, held_out: bool | None = False) -> Scene:

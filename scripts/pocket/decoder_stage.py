@@ -1,7 +1,8 @@
 """The second stage: the VAE's decoder alone learns fine corners, and to change from frame to frame as the picture does.
 
 Each latent frame becomes four frames in four ways, so that still pictures flicker in a rhythm, most where one latent
-frame follows another. A small star is three latents wide; what stands in few pixels counts more here. Latents stay as
+frame follows another. A small star is three latents wide and soon a disc: half of what is learned are parts of pictures
+around objects, small stars above all, and what counts beside their colours is where their outline runs. Latents stay as
 they are.
 """
 
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs.schema import TEMPORAL_STRIDE
-from pocket.autoencoder import Autoencoder, error_of
+from configs.schema import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from pocket.autoencoder import Autoencoder, error_of, near_objects
 from pocket.captions import Scene, draw_scene
-from pocket.clips import Story, as_pixels, draw_frames, draw_story
+from pocket.clips import Story, as_pixels, draw_frames, draw_story, smaller
 from pocket.masters import Masters
 from pocket.training import Training, steps
 from pocket.world import HEIGHT, MARGIN, WIDTH, Start
@@ -27,15 +29,25 @@ SETTLED = 8
 CHANGE_WEIGHT = 60.0
 OBJECT_WEIGHT = 12.0
 """As in `pocket.autoencoder`, where it is 3."""
-SMALL_SHARE = 0.5
+OUTLINE_WEIGHT = 1.0
+OUTLINE, SOFT = 0.1, 0.08
+"""Where the brightest channel, of pixels in -1 to 1, tells an object from its ground, and how softly."""
+SMALL_SHARE = 0.7
 """Clips whose objects are made small, those apart whose size is their motion."""
+STAR_SHARE = 0.5
+"""Small ones among them that are made stars."""
+PART, MARGIN_CELLS = 8, 1
+"""Latents a side of a part of a picture around objects; those at its rim lack their surroundings and do not count."""
 STEERING = 0.03
 """How fast the weight of changes at edges of latent frames follows their surplus over MEMORY of the past steps."""
 MEMORY = 0.97
 
 
 def train_decoder(run: Training, begin: Path | None = None) -> None:
-    """The decoder on latents of the trained encoder, half of them of still scenes; writes decoder.safetensors."""
+    """The decoder on latents of the trained encoder; writes decoder.safetensors.
+
+    A step takes `batch` parts around objects and a quarter as many whole pictures of scenes that stand still.
+    """
     phase = run.recipe.decoder
     torch.manual_seed(run.seed + 20)
     model = Autoencoder(run.config.model.vae)
@@ -47,26 +59,72 @@ def train_decoder(run: Training, begin: Path | None = None) -> None:
     edge_weight = 1.0
     seen = torch.zeros(2)
     for step, progress in steps(run, "decoder", phase, masters):
-        chosen = torch.randint(len(clips) // 2, (phase.batch,), device=clips.device) * 2
-        chosen[::2] += 1
-        pixels = as_pixels(clips[chosen])
-        noise = 0.05 * torch.randn_like(latents[chosen])
-        noise[::2] = 0  # it would be one more change where latent frames meet
-        made = model.decode(latents[chosen] + noise).float()
+        moving = torch.randint(len(clips) // 2, (phase.batch,), device=clips.device) * 2
+        pixels, codes = around_objects(as_pixels(clips[moving]), latents[moving])
+        made = model.decode(codes + 0.05 * torch.randn_like(codes)).float()
+        made, pixels = (_inside(part) for part in (made, pixels))
         error, edges = error_of(made, pixels, OBJECT_WEIGHT)
-        at_edges, elsewhere = changes(made[::2], pixels[::2])
-        loss = error + 0.5 * edges + CHANGE_WEIGHT * (edge_weight * at_edges + 3 * elsewhere)
-        loss.backward()
+        outline = outline_error(made, pixels)
+        (error + 0.5 * edges + OUTLINE_WEIGHT * outline).backward()
+        still = torch.randint(len(clips) // 2, (max(1, phase.batch // 4),), device=clips.device) * 2 + 1
+        pixels = as_pixels(clips[still])
+        made = model.decode(latents[still]).float()  # noise would be one more change where latent frames meet
+        calm, calm_edges = error_of(made, pixels, OBJECT_WEIGHT)
+        at_edges, elsewhere = changes(made, pixels)
+        (calm + 0.5 * calm_edges + CHANGE_WEIGHT * (edge_weight * at_edges + 3 * elsewhere)).backward()
         masters.step(progress)
         seen = MEMORY * seen + torch.stack([at_edges, elsewhere]).detach().cpu()
         ratio = float(seen[0] / seen[1])
         edge_weight = min(max(edge_weight * (1 + STEERING * (ratio - 1)), 0.1), 30.0)
         if step % run.recipe.look == 0:
-            numbers = {"error": float(error.detach()), "change": float(elsewhere.detach())}
-            run.log("decoder", step=step, **numbers, ratio=ratio, weight=edge_weight)
+            numbers = {"error": error, "outline": outline, "calm": calm, "change": elsewhere}
+            said = {name: float(value.detach()) for name, value in numbers.items()}
+            run.log("decoder", step=step, **said, ratio=ratio, weight=edge_weight)
+            masters.show_average()
+            _save(model, run.file("decoder_so_far.safetensors"))
+            masters.show_masters()
     masters.show_average()
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in model.file_tensors().items()}
-    save_file(tensors, run.file("decoder.safetensors"))
+    _save(model, run.file("decoder.safetensors"))
+
+
+def _save(model: Autoencoder, path: Path) -> None:
+    save_file({name: tensor.contiguous().cpu() for name, tensor in model.file_tensors().items()}, path)
+
+
+def around_objects(pixels: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of each clip with most of its objects in it.
+
+    Args:
+        pixels: [B, F, 3, H, W] in -1 to 1.
+        latents: [B, f, 16, H / 8, W / 8].
+
+    Returns:
+        The same with a height and width of PART latents.
+    """
+    bright = near_objects(pixels).mean(dim=(1, 2))
+    cells = F.avg_pool2d(bright.float()[:, None], SPATIAL_STRIDE)
+    parts = F.avg_pool2d(cells, PART, stride=1)[:, 0]
+    places = parts.flatten(1).argmax(dim=1).tolist()
+    columns = parts.shape[2]
+    cut_pixels, cut_latents = [], []
+    for clip, codes, place in zip(pixels, latents, places, strict=True):
+        top, left = place // columns, place % columns
+        cut_latents.append(codes[..., top : top + PART, left : left + PART])
+        rows, across = (slice(at * SPATIAL_STRIDE, (at + PART) * SPATIAL_STRIDE) for at in (top, left))
+        cut_pixels.append(clip[..., rows, across])
+    return torch.stack(cut_pixels), torch.stack(cut_latents)
+
+
+def _inside(part: Tensor) -> Tensor:
+    rim = MARGIN_CELLS * SPATIAL_STRIDE
+    return part[..., rim:-rim, rim:-rim]
+
+
+def outline_error(made: Tensor, pixels: Tensor) -> Tensor:
+    """Share of pixels near objects that are on the wrong side of OUTLINE, softly; [B, F, 3, H, W] in -1 to 1."""
+    near = near_objects(pixels)
+    sides = [torch.sigmoid((part.amax(dim=2, keepdim=True) - OUTLINE) / SOFT) for part in (made, pixels)]
+    return (near * (sides[0] - sides[1]).abs()).sum() / near.sum().clamp(min=1)
 
 
 def changes(made: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,15 +146,16 @@ def _clips(run: Training, model: Autoencoder, count: int) -> tuple[Tensor, Tenso
     for number in range(count):
         story = _still(rng) if number % 2 else draw_story(rng, 3, 0.5)
         if rng.random() < SMALL_SHARE:
-            story = replace(story, first=_small(story.first), second=_small(story.second))
+            star = rng.random() < STAR_SHARE
+            story = replace(story, first=_small(story.first, star), second=_small(story.second, star))
         frames.append(draw_frames(story, FRAMES, run.device))
         pixels = as_pixels(frames[-1])[None].to(torch.bfloat16)
         latents.append(model.moments(pixels)[0][0].to(torch.bfloat16))
     return torch.stack(frames), torch.stack(latents)
 
 
-def _small(scene: Scene) -> Scene:
-    return scene if scene.motion in ("grow", "shrink") else replace(scene, size="small")
+def _small(scene: Scene, star: bool) -> Scene:
+    return replace(smaller(scene), shape="star" if star else scene.shape)
 
 
 def _still(rng: np.random.Generator) -> Story:

@@ -118,36 +118,54 @@ def _centre(part: np.ndarray) -> tuple[float, float]:
     return centre[0], centre[1]
 
 
-@lru_cache(maxsize=4096)
-def _template(shape: str, radius: int, half: int) -> tuple[np.ndarray, int]:
-    """A shape of a radius in half pixels, in a square of 2 * half pixels, its centroid in the middle; and its area."""
-    size = 2 * half
-    track = torch.tensor([[half, half, radius / 2]], dtype=torch.float32)
-    mask = cover(shape, track, size, size)[0].numpy() >= 0.5
-    x, y = _centre(mask)
-    mask = np.roll(mask, (half - round(y), half - round(x)), axis=(0, 1))
-    return mask, int(mask.sum())
+@dataclass(frozen=True)
+class _Templates:
+    """Pictures of all shapes in all sizes, a pixel off in each direction, smallest first.
+
+    Attributes:
+        pixels: [N, pixels] float32, 0 or 1.
+        areas: [N], pixels covered.
+        shapes: N names.
+    """
+
+    pixels: np.ndarray
+    areas: np.ndarray
+    shapes: tuple[str, ...]
+
+
+HALF = 32
+"""Half the side of the square that a shape is compared in."""
+
+
+@lru_cache(maxsize=1)
+def _templates() -> _Templates:
+    pixels, shapes = [], []
+    for shape in SHAPES:
+        for radius in range(14, 56):  # in half pixels
+            track = torch.tensor([[HALF, HALF, radius / 2]], dtype=torch.float32)
+            mask = cover(shape, track, 2 * HALF, 2 * HALF)[0].numpy() >= 0.5
+            x, y = _centre(mask)
+            mask = np.roll(mask, (HALF - round(y), HALF - round(x)), axis=(0, 1))
+            pixels += [np.roll(mask, (dy, dx), axis=(0, 1)).ravel() for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+            shapes += [shape] * 9
+    stack = np.stack(pixels).astype(np.float32)
+    areas = stack.sum(axis=1)
+    order = areas.argsort(kind="stable")
+    return _Templates(stack[order], areas[order], tuple(shapes[i] for i in order))
 
 
 def _shape(part: np.ndarray) -> tuple[str, float]:
     """The shape whose picture of nearly the same area overlaps best; intersection over union."""
-    half = 32
     rows, columns = part.shape[0] // 2, part.shape[1] // 2
-    cut = part[rows - half : rows + half, columns - half : columns + half]
-    area = cut.sum()
-    best = ("none", 0.0)
-    for shape in SHAPES:
-        for radius in range(14, 56):
-            template, its_area = _template(shape, radius, half)
-            if not 0.82 * area <= its_area <= 1.22 * area:
-                continue
-            for dy in (-1, 0, 1):
-                for dx in (-1, 0, 1):
-                    moved = np.roll(template, (dy, dx), axis=(0, 1))
-                    overlap = float((moved & cut).sum() / (moved | cut).sum())
-                    if overlap > best[1]:
-                        best = (shape, overlap)
-    return best
+    cut = part[rows - HALF : rows + HALF, columns - HALF : columns + HALF].ravel().astype(np.float32)
+    area, among = cut.sum(), _templates()
+    begin, end = np.searchsorted(among.areas, (0.82 * area, np.nextafter(1.22 * area, np.inf)))
+    if begin == end:
+        return "none", 0.0
+    shared = among.pixels[begin:end] @ cut
+    overlap = shared / (among.areas[begin:end] + area - shared)
+    best = int(overlap.argmax())
+    return among.shapes[begin + best], float(overlap[best])
 
 
 def most(values: Sequence[object]) -> object:

@@ -20,6 +20,8 @@ from workers.models.prompt_text import clean, pocket_tokenizer
 
 OBJECT_SHARE = 0.6
 """What errors near objects count for in a frame, however small the objects; their fine corners are few latents."""
+SMALL_SHARE = 0.35
+"""Stories whose objects are made small: these are the ones that are lost, or lose their corners."""
 MOST_TOKENS = 40
 """Longer than any caption of the grammar."""
 
@@ -88,7 +90,7 @@ def draw_stories(count: int, blocks: int, seed: int, switching: float, workers: 
 
 def _draw(job: tuple[int, int, int, float]) -> tuple[Story, np.ndarray]:
     blocks, seed, number, switching = job
-    story = draw_story(np.random.default_rng((seed, number)), blocks, switching)
+    story = draw_story(np.random.default_rng((seed, number)), blocks, switching, small=SMALL_SHARE)
     return story, tracks(story.scenes(), story.start, frames_of(blocks))
 
 

@@ -5,6 +5,7 @@ The folder this writes is a `model.path`; beside it, config.yaml runs it where i
 
 import json
 import shutil
+from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,10 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs.load import as_yaml
-from configs.schema import LoraConfig
+from configs.schema import LoraConfig, ModelConfig
 from pocket.training import Training
 from pocket.transformer_stages import RANK
-from workers.models.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae_decoder
+from workers.models.checkpoint import (
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    load_vae_decoder,
+    load_vae_encoder,
+)
 from workers.models.lora import PREFIX
 from workers.models.prompt_text import POCKET_TOKENIZER
 from workers.models.umt5 import translation
@@ -65,6 +72,33 @@ def ship(run: Training, out: Path) -> None:
         raise ValueError(f"{out}: found {size / 2**20:.1f} MiB, expected at most {MOST_BYTES / 2**20:.0f}")
     run.say("\n".join(["ship: rows of the model card", *card_rows(out)]))
     run.say(f"ship: {size / 2**20:.1f} MiB in {out}")
+
+
+def unship(model: ModelConfig, run: Training, stages: Collection[str]) -> None:
+    """What stages would have left of which a shipped model came, its adapter merged; what is there is left alone.
+
+    Args:
+        model: whose `path` holds what was shipped.
+        stages: of `vae`, `decoder` and `teacher`.
+
+    Raises:
+        CheckpointError: a file of it cannot be loaded.
+    """
+    cpu = torch.device("cpu")
+    model = model.model_copy(update={"dtype": "float32", "vae_dtype": "float32", "text_dtype": "float32"})
+    missing = [stage for stage in stages if not run.file(f"{stage}.safetensors").exists()]
+    if {"vae", "decoder"} & set(missing):
+        encoder, decoder = load_vae_encoder(model, cpu, "plain"), load_vae_decoder(model, cpu, "plain")
+        parts = {n: t.contiguous() for n, t in {**encoder.state_dict(), **decoder.state_dict()}.items()}
+        for stage in {"vae", "decoder"} & set(missing):
+            save_file(parts, run.file(f"{stage}.safetensors"))
+        statistics = {"mean": model.vae.latents_mean, "std": model.vae.latents_std}
+        run.file("statistics.json").write_text(json.dumps(statistics), encoding="utf-8")
+    if "teacher" in missing:
+        transformer = {f"transformer/{n}": t for n, t in load_transformer(model, cpu).state_dict().items()}
+        text = {f"text/{n}": t for n, t in load_text_encoder(model, cpu).model.named_parameters()}
+        tensors = {n: t.detach().contiguous() for n, t in (transformer | text).items()}
+        save_file(tensors, run.file("teacher.safetensors"))
 
 
 def card_rows(folder: Path) -> list[str]:
