@@ -5,7 +5,7 @@
     .venv/bin/python scripts/eval_pocket.py --ablations
 
 Prints the judge's own accuracy on rendered videos first. Exits with 1 where a score misses its bar. Videos come from
-the whole runtime, by `orchestrator generate`; those of ablations from its model alone, in this process.
+the whole runtime, by `orchestrator generate`; those of ablations from its model alone.
 """
 
 import argparse

@@ -5,7 +5,10 @@ prompts and seeds.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
+import torch
 from rich.table import Table
 
 from pocket.evaluation import Progress, Scores, drift, fresh_streams, switches
@@ -25,7 +28,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "2 steps": ("stream.steps=[1000,500]",),
     "1 step": ("stream.steps=[1000]",),
 }
-STREAMS, SWITCHES, LONG_STREAMS = 16, 16, 4
+STREAMS, SWITCHES, LONG_STREAMS = 8, 8, 2
 MINUTE = 81
 """Blocks of a stream of one minute."""
 COLUMNS = (
@@ -34,14 +37,26 @@ COLUMNS = (
 )
 
 
-def ablations(config: str, settings: Sequence[str], seed: int, say: Progress) -> Table:
-    """One row for each change, one column for each score."""
+def ablations(config: str, settings: Sequence[str], seed: int, say: Progress, workers: int = 2) -> Table:
+    """One row for each change, one column for each score; as many rows at a time as there are workers."""
     table = Table("", *COLUMNS, "ms a block", title=f"{config}, seed {seed}")
-    for name, changes in ROWS.items():
-        say(name)
-        maker, scores = Bare(config, (*settings, *changes)), Scores()
-        fresh_streams(scores, maker.make, seed, STREAMS, say)
-        switches(scores, maker.make, seed, SWITCHES, say)
-        drift(scores, maker.make, seed, LONG_STREAMS, say, MINUTE)
-        table.add_row(name, *(f"{scores.mean(column):.2f}" for column in COLUMNS), f"{maker.median_block_ms:.0f}")
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes:
+        jobs = [(config, (*settings, *changes), seed) for changes in ROWS.values()]
+        for name, row in zip(ROWS, processes.map(_row, jobs), strict=True):
+            say(f"{name}: {', '.join(row)}")
+            table.add_row(name, *row)
     return table
+
+
+def _row(job: tuple[str, tuple[str, ...], int]) -> list[str]:
+    config, settings, seed = job
+    torch.set_num_threads(1)
+    maker, scores = Bare(config, settings), Scores()
+    fresh_streams(scores, maker.make, seed, STREAMS, _silent)
+    switches(scores, maker.make, seed, SWITCHES, _silent)
+    drift(scores, maker.make, seed, LONG_STREAMS, _silent, MINUTE)
+    return [*(f"{scores.mean(column):.2f}" for column in COLUMNS), f"{maker.median_block_ms:.0f}"]
+
+
+def _silent(line: str) -> None:
+    """Rows at work beside each other say nothing of their streams."""
