@@ -23,11 +23,11 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture(scope="module")
 def scores() -> Scores:
-    """Six streams of held-out captions and four prompt switches, made by the model alone."""
+    """Eight streams of held-out captions and four prompt switches, made by the model alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     maker, scores = Bare(), Scores()
-    fresh_streams(scores, maker.make, SEED, 6, lambda line: None, blocks=7)
+    fresh_streams(scores, maker.make, SEED, 8, lambda line: None, blocks=6)
     switches(scores, maker.make, SEED, 4, lambda line: None)
     torch.set_num_threads(threads)
     return scores
