@@ -4,6 +4,7 @@ Every stage receives only its part. Nothing here knows torch, sockets or process
 word that the stage that owns the tensors resolves.
 """
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,10 @@ Execution = Literal["plain", "static"]
 """How the denoiser's passes are computed: one operation after the other, or with shapes and addresses that stay."""
 KVKind = Literal["model", "int8", "fp8"]
 """How the fast path keeps keys and values: in `model.dtype`, or in 8 bits with a scale for each token and head."""
+LinearKind = Literal["model", "fp8"]
+"""How the fast path multiplies: in `model.dtype`, or e4m3 by e4m3 with a scale for each token and output channel."""
+AttentionKind = Literal["auto", "cudnn", "flash", "flash3", "flash4", "sdpa", "math"]
+"""What computes attention; `auto` is the fastest that is installed and right on a GPU, `sdpa` on a CPU."""
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 StageName = Literal["text_encoder", "denoiser", "vae_decoder", "output"]
 STAGES: tuple[StageName, ...] = ("text_encoder", "denoiser", "vae_decoder", "output")
@@ -28,6 +33,8 @@ TEMPORAL_STRIDE = 4
 """Frames a latent frame decodes to, the first of a stream excepted: that one decodes to a single frame."""
 PATCH = 2
 """Latents a transformer token covers in height and in width."""
+LAYER_LINEARS = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+"""Linears of a layer that every pass of the fast path runs; query, key and value are one."""
 
 ABSOLUTE_POSITIONS = 1024
 """Length of the published position table (Wan 2.1): with `rope: absolute` a stream ends at latent frame 1023."""
@@ -54,6 +61,11 @@ class TransformerConfig(Part):
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all linears that every pass of the fast path runs."""
+        return tuple(f"blocks.{layer}.{name}" for layer in range(self.num_layers) for name in LAYER_LINEARS)
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> "TransformerConfig":
@@ -146,7 +158,7 @@ class ModelConfig(Part):
     dtype: Dtype = "float32"
     vae_dtype: Dtype = "float32"
     text_dtype: Dtype = "float32"
-    attention: Literal["auto", "sdpa", "flash"] = "auto"
+    attention: AttentionKind = "auto"
 
     @model_validator(mode="after")
     def _widths_meet(self) -> "ModelConfig":
@@ -318,17 +330,23 @@ class ExecutionConfig(Part):
     """How the networks are computed; unless it says otherwise, what they compute is the same.
 
     `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs; `kv`
-    keeps its keys and values in 8 bits, which is not exact.
+    keeps its keys and values in 8 bits and `linears: fp8` multiplies in 8 bits, which is not exact. `fp8_keep` names
+    linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`.
     """
 
     denoiser: Execution = "static"
     graphs: bool = True
     kv: KVKind = "model"
+    linears: LinearKind = "model"
+    fp8_keep: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _plain_is_exact(self) -> "ExecutionConfig":
-        if self.denoiser == "plain" and self.kv != "model":
-            raise ValueError(f"kv: {self.kv} needs denoiser: static, found denoiser: plain")
+        for name, kind in (("kv", self.kv), ("linears", self.linears)):
+            if self.denoiser == "plain" and kind != "model":
+                raise ValueError(f"{name}: {kind} needs denoiser: static, found denoiser: plain")
+        if self.fp8_keep and self.linears != "fp8":
+            raise ValueError(f"fp8_keep needs linears: fp8, found linears: {self.linears}")
         return self
 
 
@@ -349,6 +367,18 @@ class RuntimeConfig(Part):
     output: OutputConfig = OutputConfig()
     prompt_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     supervision: SupervisionConfig = SupervisionConfig()
+
+    @model_validator(mode="after")
+    def _patterns_fit(self) -> "RuntimeConfig":
+        names = self.model.transformer.linears
+        for pattern in self.execution.fp8_keep:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                one_layer = ", ".join(names[: len(LAYER_LINEARS)])
+                raise ValueError(
+                    f"execution.fp8_keep: found {pattern}, which fits no linear, expected a pattern of names such as"
+                    f" {one_layer}, up to {names[-1]}"
+                )
+        return self
 
     def stage(self, name: StageName) -> StageConfig:
         """A model stage's settings with the run's placement and device filled in; `cuda` means the first GPU."""

@@ -44,7 +44,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     config = load_config(given.config, given.set)
-    block = in_turn(denoisers(config), given.blocks)
+    chosen: list[str] = []
+    block = in_turn(denoisers(config, chosen.append), given.blocks)
     vae = in_turn(decoders(config), given.blocks)
     device = config.stage("denoiser").device
     title = f"{config.name} on {device}, {config.model.dtype}, VAE {config.model.vae_dtype}, {given.threads} thread(s)"
@@ -60,6 +61,7 @@ def main() -> None:
                 "block_speedup": round(_ratio(block, "denoiser, straightforward", "denoiser"), 3),
                 "vae_speedup": round(_ratio(vae, "VAE, straightforward", "VAE"), 3),
                 "ms": {name: round(statistics.median(times), 2) for name, times in (*block.items(), *vae.items())},
+                "chosen": chosen,
                 "config": config.name,
                 "device": device,
                 "dtype": config.model.dtype,
@@ -84,14 +86,14 @@ def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
     return times
 
 
-def denoisers(config: RuntimeConfig) -> dict[str, Callable[[], object]]:
+def denoisers(config: RuntimeConfig, say: Callable[[str], None]) -> dict[str, Callable[[], object]]:
     """Streams with a full window by what computes them, each a call that makes the next block."""
     device = torch.device(config.stage("denoiser").device or "cpu")
     model, beside = load_transformer(config.model, device), load_baseline(config.model, device)
     return {
         "denoiser, straightforward": _stream(config, beside, BaselinePasses(beside, config.stream, config.video)),
         "denoiser, plain": _stream(config, model, PlainPasses(model, config.stream, config.video)),
-        "denoiser": _stream(config, model, choose_passes(config, model)),
+        "denoiser": _stream(config, model, choose_passes(config, model, say=say)),
     }
 
 

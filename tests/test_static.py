@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.schema import StreamConfig
 from workers.models.denoise import Rollout
 from workers.models.noise import DrawnNoise
-from workers.models.static import Shape, TextKV
+from workers.models.static import Shape, TextKV, padding_biases
 from workers.models.static_passes import StaticPasses, all_plans
 
 ropes = pytest.mark.parametrize("rope", ["relative", "absolute"])
@@ -188,3 +188,23 @@ def test_padding_counts_as_often_as_it_is_there(tokens: int) -> None:
     cut = q @ few.transpose(1, 2) / math.sqrt(q.shape[-1]) + text.bias[:, :count]
     whole = logits.softmax(-1) @ prompt.v[0][0].transpose(0, 1)
     torch.testing.assert_close(cut.softmax(-1) @ text.v[0, :count].transpose(0, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-5), (torch.float16, 1e-6)])
+def test_few_keys_weigh_what_all_padding_weighs(dtype: torch.dtype, far: float) -> None:
+    """Whatever their number, and with biases that a dtype holds: bfloat16 alone would be up to 3 % off."""
+    for count in range(513):
+        biases = padding_biases(count, dtype)
+        assert len(biases) == min(count, 1 if dtype == torch.float32 else 3)
+        assert torch.equal(torch.tensor(biases).to(dtype).double(), torch.tensor(biases).double())
+        assert sum(math.exp(bias) for bias in biases) == pytest.approx(count, rel=far)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 5, 6])
+def test_biases_of_a_prompt_are_of_the_models_dtype(tokens: int, dtype: torch.dtype) -> None:
+    """As kernels on a GPU want them."""
+    text, model = TextKV(tiny_transformer().to(dtype)), tiny_transformer().to(dtype)
+    count = text.put(model.prompt_kv(embeds(0)[:, :1].expand(1, tokens, -1)), tokens)
+    assert text.bias.dtype == dtype and count == model.config.text_len
+    assert float(text.bias.double().exp().sum()) == pytest.approx(model.config.text_len, rel=1e-4)

@@ -29,7 +29,6 @@ from ipc.messages import (
 )
 from ipc.tensor_ring import Slots
 from workers.inputs import noise_source
-from workers.models.attention import choose_attention
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import LatentHistory, Rollout
 from workers.models.execution import choose_passes
@@ -91,12 +90,11 @@ class DenoiserStage:
 
     def load(self) -> None:
         """Weights onto the device, and the noise. Raises UserError."""
-        model = self._config.model
-        transformer = load_transformer(model, self._device)
-        transformer.attention = choose_attention(model.attention, self._device, transformer.dtype)
-        self.note = f"attention by {transformer.attention.name}"
         config = self._config
-        passes = choose_passes(config, transformer, self._on_pass)
+        notes: list[str] = []
+        transformer = load_transformer(config.model, self._device)
+        passes = choose_passes(config, transformer, self._on_pass, notes.append, own=True)
+        self.note = "; ".join(notes)
         self._rollout = Rollout(transformer, config.stream, config.video, LatentHistory(self._history), passes)
         self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)
         self._check_length()

@@ -2,19 +2,62 @@
 
 from collections.abc import Callable
 
-from configs.schema import RuntimeConfig
+from configs.schema import RuntimeConfig, TransformerConfig
+from workers.models.attention import AttentionSize, choose_attention
+from workers.models.fp8 import Fp8Linears, choose_multiply
 from workers.models.graphs import CudaGraphs, run_directly
 from workers.models.passes import Passes, PlainPasses
 from workers.models.static_passes import StaticPasses
 from workers.models.transformer import CausalWanTransformer
 
+Say = Callable[[str], None]
+
 
 def choose_passes(
-    config: RuntimeConfig, model: CausalWanTransformer, on_pass: Callable[[], None] = lambda: None
+    config: RuntimeConfig,
+    model: CausalWanTransformer,
+    on_pass: Callable[[], None] = lambda: None,
+    say: Say = lambda line: None,
+    *,
+    own: bool = False,
 ) -> Passes:
-    """The denoiser's passes as `execution` says; graphs only where the model lies on a GPU."""
-    if config.execution.denoiser == "plain":
+    """The denoiser's passes as `model.attention` and `execution` say; graphs only where the model lies on a GPU.
+
+    Args:
+        say: told what was chosen and what of it is not exact.
+        own: whether the model serves these passes alone; its weights that lie in 8 bits are then given up.
+
+    Raises:
+        ConfigError: what is asked for does not run here.
+    """
+    size = attention_size(config, model.config)
+    model.attention = choose_attention(config.model.attention, model.device, model.dtype, size)
+    say(model.attention.note)
+    execution = config.execution
+    if execution.denoiser == "plain":
         return PlainPasses(model, config.stream, config.video, on_pass)
-    graphs = config.execution.graphs and model.device.type == "cuda"
-    record = CudaGraphs(model.device) if graphs else run_directly
-    return StaticPasses(model, config.stream, config.video, on_pass, record, config.execution.kv)
+    record = CudaGraphs(model.device) if execution.graphs and model.device.type == "cuda" else run_directly
+    if execution.linears == "model":
+        return StaticPasses(model, config.stream, config.video, on_pass, record, execution.kv)
+    tokens = config.stream.frames_per_block * config.video.frame_tokens
+    multiply, by = choose_multiply(linear_shapes(model.config), tokens, model.device, model.dtype)
+    linears = Fp8Linears(execution.fp8_keep, multiply)
+    passes = StaticPasses(model, config.stream, config.video, on_pass, record, execution.kv, linears)
+    say(f"{linears.weighs}, by {by}")
+    if own:
+        linears.release(model)
+    return passes
+
+
+def attention_size(config: RuntimeConfig, transformer: TransformerConfig) -> AttentionSize:
+    """Of a block's self-attention once the window is full."""
+    frame, stream = config.video.frame_tokens, config.stream
+    return AttentionSize(
+        stream.frames_per_block * frame, stream.window * frame, transformer.num_heads, transformer.head_dim
+    )
+
+
+def linear_shapes(transformer: TransformerConfig) -> set[tuple[int, int]]:
+    """Out and in of the linears in `configs.schema.LAYER_LINEARS`."""
+    dim, wide = transformer.dim, transformer.ffn_dim
+    return {(3 * dim, dim), (dim, dim), (wide, dim), (dim, wide)}

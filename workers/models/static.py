@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import LATENT_CHANNELS, PATCH, KVKind, StreamConfig, VideoConfig
+from configs.schema import LATENT_CHANNELS, LAYER_LINEARS, PATCH, KVKind, StreamConfig, VideoConfig
+from workers.models.attention import Attend
+from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.kernels import gate_residual, norm_modulate, rms_norm, turned
 from workers.models.kv_store import new_store
 from workers.models.rope import Rotation
@@ -31,6 +33,10 @@ class Shape:
     text_keys: int
 
 
+PADDING_KEYS = {torch.float32: 1, torch.bfloat16: 3, torch.float16: 3}
+"""How many keys stand for all padding of a prompt: more where one bias is too coarse."""
+
+
 def fuse_qkv(layer: Layer) -> tuple[Tensor, Tensor]:
     """Weight [3 dim, dim] and bias [3 dim] of a layer's self-attention; its linears become views of them."""
     linears = [layer.self_attn.q, layer.self_attn.k, layer.self_attn.v]
@@ -45,13 +51,24 @@ class StaticLayer:
     """One layer's weights, its modulations at every timestep that occurs, and its work on [tokens, dim].
 
     Args:
+        index: which layer it is.
         times: [T, 6, dim], the time projection of each timestep.
+        attend: self-attention.
+        linear: makes its linears, `configs.schema.LAYER_LINEARS`.
+
+    Attributes:
+        linears: by those names.
     """
 
-    def __init__(self, layer: Layer, times: Tensor) -> None:
+    def __init__(self, index: int, layer: Layer, times: Tensor, attend: Attend, linear: MakeLinear) -> None:
         self.layer = layer
         self.heads = layer.self_attn.heads
-        self.qkv_weight, self.qkv_bias = fuse_qkv(layer)
+        self.attend_all = attend
+        weights = {"self_attn.qkv": fuse_qkv(layer)}
+        for name in LAYER_LINEARS[1:]:
+            own = layer.get_submodule(name)
+            weights[name] = own.weight, own.bias
+        self.linears = {name: linear(f"blocks.{index}.{name}", *parts) for name, parts in weights.items()}
         self.modulation = layer.modulation[0].float() + times.float()
         self.modulation[:, (1, 4)] += 1
         self.norm3 = (layer.norm3.weight.float(), layer.norm3.bias.float())
@@ -61,7 +78,7 @@ class StaticLayer:
         """Rotated queries and keys, keys before rotation, values; each [tokens, heads, head_dim]."""
         shift, scale = self.modulation[time, :2]
         attn = self.layer.self_attn
-        y = F.linear(norm_modulate(x, scale, shift, self.eps), self.qkv_weight, self.qkv_bias)
+        y = self.linears["self_attn.qkv"](norm_modulate(x, scale, shift, self.eps))
         q, k, v = y.chunk(3, dim=-1)
         q = rms_norm(q, attn.norm_q.weight, attn.norm_q.eps).unflatten(-1, (self.heads, -1))
         k = rms_norm(k, attn.norm_k.weight, attn.norm_k.eps).unflatten(-1, (self.heads, -1))
@@ -69,22 +86,26 @@ class StaticLayer:
 
     def attend(self, x: Tensor, time: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of q over k and v, gated onto x."""
-        y = self.layer.self_attn.o(attention(q, k, v).flatten(-2))
+        y = self.linears["self_attn.o"](self.attend_all(q[None], k[None], v[None])[0].flatten(-2))
         return gate_residual(x, y, self.modulation[time, 2])
 
     def finish(self, x: Tensor, time: int, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Cross-attention over the prompt's keys and values, then the feed-forward."""
         shift, scale, gate = self.modulation[time, 3:]
         attn = self.layer.cross_attn
-        q = attn.q(norm_modulate(x, *self.norm3, self.eps))
+        q = self.linears["cross_attn.q"](norm_modulate(x, *self.norm3, self.eps))
         q = rms_norm(q, attn.norm_q.weight, attn.norm_q.eps).to(x.dtype).unflatten(-1, (self.heads, -1))
-        x = x + attn.o(attention(q, k, v, bias).flatten(-2))
-        y = self.layer.ffn(norm_modulate(x, scale, shift, self.eps))
+        x = x + self.linears["cross_attn.o"](attention(q, k, v, bias).flatten(-2))
+        y = self.linears["ffn.0"](norm_modulate(x, scale, shift, self.eps))
+        y = self.linears["ffn.2"](F.gelu(y, approximate="tanh"))
         return gate_residual(x, y, gate)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Full attention: q [Lq, heads, head_dim], k and v [Lk, heads, head_dim], bias [1, Lk] float32 of the logits."""
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention with a bias of the logits: q [Lq, heads, head_dim], k and v [Lk, heads, head_dim], bias [1, Lk].
+
+    All are of one dtype: on CUDA a float32 bias of 16-bit keys is refused by some kernels and misread by others.
+    """
     out = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)), attn_mask=bias)
     return out[0].transpose(0, 1)
 
@@ -93,11 +114,11 @@ class TextKV:
     """Cross-attention keys and values of the prompt in force, in place.
 
     The padding of a prompt is one vector many times over: one key with the logarithm of their number as bias of its
-    logit stands for all (exact). What is left is cut to one of a few lengths.
+    logit stands for all (exact), or a few keys that weigh as much. What is left is cut to one of a few lengths.
 
     Attributes:
         k, v: [layers, text_len, heads, head_dim].
-        bias: [1, text_len] float32.
+        bias: [1, text_len], of the same dtype.
     """
 
     LENGTHS = (32, 64, 128, 256)
@@ -107,7 +128,7 @@ class TextKV:
         shape = (config.num_layers, config.text_len, config.num_heads, config.head_dim)
         self.k = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.v = torch.zeros_like(self.k)
-        self.bias = torch.zeros(1, config.text_len, device=model.device)
+        self.bias = torch.zeros(1, config.text_len, device=model.device, dtype=model.dtype)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -120,13 +141,27 @@ class TextKV:
         for mine, new in ((self.k, prompt.k), (self.v, prompt.v)):
             mine.copy_(torch.stack([layer[0] for layer in new]))
         text_len = self.k.shape[1]
-        count = next(length for length in self.lengths if length >= min(tokens + 1, text_len))
-        bias = torch.full((1, text_len), -math.inf)
-        bias[:, :tokens] = 0.0
-        if tokens < text_len:
-            bias[:, tokens] = math.log(text_len - tokens)
-        self.bias.copy_(bias)
-        return count
+        biases = [0.0] * tokens + padding_biases(text_len - tokens, self.k.dtype)
+        self.bias.copy_(torch.tensor(biases + [-math.inf] * (text_len - len(biases))))
+        return next(length for length in self.lengths if length >= len(biases))
+
+
+def padding_biases(count: int, dtype: torch.dtype) -> list[float]:
+    """Biases of a few keys that together weigh what `count` equal keys weigh, each exact in a dtype.
+
+    A logarithm in 8 bits of mantissa is up to 3 % off in weight, so that further keys weigh what the first leaves over.
+    """
+    keys = PADDING_KEYS[dtype]
+    if count <= keys:
+        return [0.0] * count
+    biases, left = [], float(count)
+    for key in range(keys):
+        wanted = math.log(left)
+        if key + 1 < keys:
+            wanted -= abs(wanted) * torch.finfo(dtype).eps  # rounds to less than is left
+        biases.append(float(torch.tensor(wanted, dtype=dtype)))
+        left -= math.exp(biases[-1])
+    return biases
 
 
 class StaticTransformer:
@@ -141,7 +176,12 @@ class StaticTransformer:
     """
 
     def __init__(
-        self, model: CausalWanTransformer, stream: StreamConfig, video: VideoConfig, kv: KVKind = "model"
+        self,
+        model: CausalWanTransformer,
+        stream: StreamConfig,
+        video: VideoConfig,
+        kv: KVKind = "model",
+        linear: MakeLinear = plain_linear,
     ) -> None:
         config, device = model.config, model.device
         self.model, self.stream = model, stream
@@ -167,7 +207,7 @@ class StaticTransformer:
         self.turn = Rotation(torch.zeros(angles, device=device), torch.zeros(angles, device=device))
         self.sink_turn = Rotation(*(t[: stream.sink * video.frame_tokens].clone() for t in self.turn))
         self.slots = torch.zeros(stream.window_blocks, dtype=torch.int64, device=device)
-        self._bake((*schedule.steps, float(stream.context_noise)))
+        self._bake((*schedule.steps, float(stream.context_noise)), linear)
 
     def buffers(self) -> list[Tensor]:
         """All memory that passes read or write besides weights; it never moves."""
@@ -191,13 +231,14 @@ class StaticTransformer:
         return len(self.sigmas)
 
     @torch.no_grad()
-    def _bake(self, timesteps: tuple[float, ...]) -> None:
+    def _bake(self, timesteps: tuple[float, ...], linear: MakeLinear) -> None:
         """What follows from a timestep alone, for all that occur."""
         model = self.model
         embedded = [timestep_embedding(t, model.config.freq_dim, model.device) for t in timesteps]
         time = model.time_embedding(torch.stack(embedded).to(model.dtype))
         projected = model.time_projection(time).unflatten(-1, (6, -1))
-        self.layers = [StaticLayer(layer, projected) for layer in model.blocks]
+        attend = model.attention.attend
+        self.layers = [StaticLayer(i, layer, projected, attend, linear) for i, layer in enumerate(model.blocks)]
         self.head_modulation = model.head.modulation[0].float() + time.float()[:, None]
         self.head_modulation[:, 1] += 1
         self.patch_weight = model.patch_embedding.weight.flatten(1)

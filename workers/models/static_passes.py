@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import PATCH, KVKind, StreamConfig, VideoConfig
+from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
@@ -23,6 +24,7 @@ class StaticPasses:
     Args:
         record: takes what a pass does once, returns how to do it again.
         kv: how keys and values are kept.
+        linear: makes the layers' linears.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class StaticPasses:
         on_pass: Callable[[], None] = lambda: None,
         record: Recorder = run_directly,
         kv: KVKind = "model",
+        linear: MakeLinear = plain_linear,
     ) -> None:
         self.model, self.stream = model, stream
-        self.static = StaticTransformer(model, stream, video, kv)
+        self.static = StaticTransformer(model, stream, video, kv, linear)
         self._rows, self._columns = video.latent_height // PATCH, video.latent_width // PATCH
         self._on_pass = on_pass
         self.record = record
