@@ -202,6 +202,8 @@ def _problem_text(key: str, location: tuple[int | str, ...], problem: Mapping[st
         return f"{key or 'config'}: {problem['msg'].removeprefix('Value error, ')}"
     if location and location[-1] == "device":
         message = "cpu, cuda or cuda:NUMBER"
+    elif location and location[-1] == "recache":
+        message = "full, none, recent(LATENT FRAMES) or blend(SECONDS)"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         message = "a mapping of keys"
     elif kind == "tuple_type":

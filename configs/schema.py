@@ -206,7 +206,11 @@ class StreamConfig(Part):
     """How a stream is generated: block by block, with which steps, seeing which past. Lengths in latent frames.
 
     `recache` says what of the cache is recomputed when the prompt changes: `full` what LongLive recomputes, `recent(N)`
-    the last N latent frames of it, `none` nothing.
+    the last N latent frames of it, `none` nothing. `blend(SECONDS)` recomputes nothing either: the embeddings go from
+    the old prompt to the new one over the blocks of that time, and the window fills with blocks made on the way.
+
+    `switch` says when a prompt that need not wait takes effect: at the next `boundary` of blocks, or by `abort` in the
+    block that is being denoised, which is begun anew; once a block, and not in a block that began with another prompt.
     """
 
     frames_per_block: PositiveInt = 3
@@ -217,7 +221,8 @@ class StreamConfig(Part):
     timestep_shift: Annotated[float, Field(gt=0)] = 5.0
     rope: Literal["absolute", "relative"] = "relative"
     global_sink: bool = True
-    recache: Annotated[str, Field(pattern=r"^(full|none|recent\([1-9]\d*\))$")] = "full"
+    recache: Annotated[str, Field(pattern=r"^(full|none|recent\([1-9]\d*\)|blend\(\d{1,4}(\.\d{1,3})?\))$")] = "full"
+    switch: Literal["boundary", "abort"] = "boundary"
     context_noise: Annotated[int, Field(ge=0, lt=1000)] = 0
     first_position: Annotated[int, Field(ge=0)] = 0
 
@@ -229,6 +234,8 @@ class StreamConfig(Part):
                 raise ValueError(f"{name} must be a multiple of frames_per_block {block}, found {value}")
         if self.recache_frames is not None and self.recache_frames % block:
             raise ValueError(f"recache: recent(N) needs a multiple of frames_per_block {block}, found {self.recache}")
+        if self.blend_s == 0:
+            raise ValueError(f"recache: blend(SECONDS) needs more than 0, found {self.recache}")
         if self.sink + block > self.window:
             raise ValueError(f"window {self.window} must hold sink {self.sink} and a block of {block}")
         if not self.steps or list(self.steps) != sorted(set(self.steps), reverse=True):
@@ -244,7 +251,16 @@ class StreamConfig(Part):
         """How many latent frames are recomputed at most; None for all that LongLive recomputes."""
         if self.recache == "full":
             return None
-        return 0 if self.recache == "none" else int(self.recache.removeprefix("recent(").removesuffix(")"))
+        return int(self.recache[len("recent(") : -1]) if self.recache.startswith("recent(") else 0
+
+    @property
+    def blend_s(self) -> float | None:
+        """Seconds over which one prompt turns into the next; None where it does at once."""
+        return float(self.recache[len("blend(") : -1]) if self.recache.startswith("blend(") else None
+
+    def blend_blocks(self, fps: int) -> int:
+        """The same in blocks, at least 1."""
+        return max(1, round((self.blend_s or 0) * fps / (self.frames_per_block * TEMPORAL_STRIDE)))
 
     @property
     def sink_blocks(self) -> int:
@@ -331,7 +347,8 @@ class ExecutionConfig(Part):
 
     `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs; `kv`
     keeps its keys and values in 8 bits and `linears: fp8` multiplies in 8 bits, which is not exact. `fp8_keep` names
-    linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`.
+    linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`. `audit` is for finding
+    bugs: it ends the denoiser when a pass of the fast path reads a value back or keeps memory.
     """
 
     denoiser: Execution = "static"
@@ -339,14 +356,17 @@ class ExecutionConfig(Part):
     kv: KVKind = "model"
     linears: LinearKind = "model"
     fp8_keep: tuple[str, ...] = ()
+    audit: bool = False
 
     @model_validator(mode="after")
-    def _plain_is_exact(self) -> "ExecutionConfig":
+    def _plain_is_plain(self) -> "ExecutionConfig":
         for name, kind in (("kv", self.kv), ("linears", self.linears)):
             if self.denoiser == "plain" and kind != "model":
                 raise ValueError(f"{name}: {kind} needs denoiser: static, found denoiser: plain")
         if self.fp8_keep and self.linears != "fp8":
             raise ValueError(f"fp8_keep needs linears: fp8, found linears: {self.linears}")
+        if self.denoiser == "plain" and self.audit:
+            raise ValueError("audit: true needs denoiser: static, found denoiser: plain")
         return self
 
 
@@ -378,6 +398,14 @@ class RuntimeConfig(Part):
                     f"execution.fp8_keep: found {pattern}, which fits no linear, expected a pattern of names such as"
                     f" {one_layer}, up to {names[-1]}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _audit_sees_the_denoiser_alone(self) -> "RuntimeConfig":
+        """What torch counts and refuses on a GPU it counts and refuses for a whole process."""
+        denoiser = self.stage("denoiser")
+        if self.execution.audit and denoiser.device != "cpu" and denoiser.placement == "thread":
+            raise ValueError("execution.audit: true on a GPU needs placement: process for denoiser, found thread")
         return self
 
     def stage(self, name: StageName) -> StageConfig:

@@ -11,7 +11,8 @@ LongLiveError
 ├── Fatal                     this worker ends; the supervisor restarts it or stops the run
 │   ├── ProtocolError         a peer of our own sent what the wire does not allow: a bug
 │   ├── RingError             a slot, an epoch, a size or a device does not fit
-│   └── NonFiniteLatents      the transformer produced NaN or infinity
+│   ├── NonFiniteLatents      the transformer produced NaN or infinity
+│   └── AuditFailed           with `execution.audit`: a pass read a value back or kept memory: a bug
 └── WorkerDied                told to the daemon and its clients: which worker, and how it ended
 """
 
@@ -77,6 +78,10 @@ class RingError(Fatal):
 
 class NonFiniteLatents(Fatal):
     """NaN or infinity in the latents of a block; decoded, it would be black, silently."""
+
+
+class AuditFailed(Fatal):
+    """A pass of the fast path read a value back or kept memory, which it never may; looked for by `execution.audit`."""
 
 
 class WorkerDied(LongLiveError):

@@ -228,6 +228,30 @@ def test_a_prompt_for_a_block_takes_effect_there(start: Start) -> None:
     live.ends()
 
 
+@pytest.mark.parametrize(("placement", "recache"), [("process", "recent(6)"), ("thread", "blend(1.5)")])
+def test_prompts_that_abort_blocks_give_the_frames_of_their_schedule(
+    placement: str, recache: str, start: Start, command: Command, tmp_path: Path
+) -> None:
+    """Whenever they came: offline, where nothing is aborted, the same blocks make the same video."""
+    texts = ["a red circle", "a blue star", "a green square"]
+    settings = ("--set", f"placement={placement}", "--set", f"stream.recache={recache}", "--seconds", 6, "--seed", 7)
+    live = start("--pace", "free", "--prompt", texts[0], "--set", "stream.switch=abort", *settings)
+    client = live.generating()
+    switched = [client.prompt(text).result(60) for text in texts[1:]]
+    digest = sha256_in(live.ends())
+    frames = ",".join(str(3 * applied.block) for applied in switched)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompts": texts}) + "\n", encoding="utf-8")
+    done = command.run("generate", "--prompts", prompts, "--switch-frames", frames, "--out", "null:", *settings)
+    assert done.returncode == 0, done.stderr
+    assert sha256_in(done.stdout) == digest
+
+
+def sha256_in(output: str) -> str:
+    """Of the frames, as a run's last lines say it."""
+    return next(line.split()[-1] for line in output.splitlines() if line.startswith("sha256"))
+
+
 def test_asyncio_and_events(start: Start, command: Command) -> None:
     """The same client by asyncio; events tell of blocks, prompts and what is on air."""
     random = ("--set", "model.path=null", "--set", "model.random_weights=true")

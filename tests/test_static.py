@@ -6,12 +6,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from golden_cases import relative_error
-from stream_case import SMALL, embeds, new_rollout, tiny_transformer
+from stream_case import CPU, SMALL, embeds, new_rollout, tiny_transformer
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import StreamConfig
+from workers.models.audit import run_watched
 from workers.models.denoise import Rollout
 from workers.models.noise import DrawnNoise
 from workers.models.static import Shape, TextKV, padding_biases
@@ -92,32 +92,14 @@ def test_a_block_compiles_whole_and_once(rope: str) -> None:
     assert relative_error(made, plain_stream(rope, WINDOW + 20)[:, 3 * WINDOW :]) <= 1e-4
 
 
-class NothingRead(TorchDispatchMode):
-    """Fails where a tensor's value is read; counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default), "a host read"
-        self.operations.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @ropes
 @torch.no_grad()
-def test_every_block_does_the_same_and_reads_nothing(rope: str) -> None:
+def test_every_block_does_the_same_and_reads_and_keeps_nothing(rope: str) -> None:
     rollout, passes = static_rollout(rope)
     first_blocks(rollout)
     block, done = steady_block(passes), []
-
-    def watched() -> None:
-        with NothingRead() as mode:
-            block()
-        done.append(mode.operations)
-
-    go_on(rollout, passes, watched, WINDOW + 6)
+    go_on(rollout, passes, lambda: done.append(run_watched(block, CPU)), WINDOW + 6)
+    assert done[0]
     assert all(operations == done[0] for operations in done)
 
 
@@ -135,7 +117,16 @@ def test_addresses_never_change(rope: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"sink": 0}, {"sink": 6, "window": 15}, {"recache": "recent(3)"}, {"global_sink": False}], ids=str
+    "change",
+    [
+        {},
+        {"sink": 0},
+        {"sink": 6, "window": 15},
+        {"recache": "recent(3)"},
+        {"recache": "blend(3)"},
+        {"global_sink": False},
+    ],
+    ids=str,
 )
 @ropes
 def test_nothing_is_recorded_once_a_stream_runs(change: dict[str, object], rope: str) -> None:

@@ -229,7 +229,9 @@ def values(rollout: Rollout) -> torch.Tensor:
 
 @both
 @pytest.mark.parametrize("block", [3, 7])
-@pytest.mark.parametrize(("recache", "kept"), [("none", 4), ("recent(3)", 3), ("recent(6)", 2), ("full", None)])
+@pytest.mark.parametrize(
+    ("recache", "kept"), [("none", 4), ("blend(3)", 4), ("recent(3)", 3), ("recent(6)", 2), ("full", None)]
+)
 def test_recache_recomputes_what_it_says(recache: str, kept: int | None, block: int, execution: Execution) -> None:
     """A switch leaves the keys and values of older blocks as they were; under the new prompt the next block differs."""
     rollout = new_rollout(tiny_transformer(), StreamConfig(recache=recache), SMALL, execution=execution)

@@ -34,7 +34,7 @@ from workers.models.denoise import LatentHistory, Rollout
 from workers.models.execution import choose_passes
 from workers.models.noise import DrawnNoise, NoiseSource
 from workers.ports import RingReader, RingWriter, Send
-from workers.prompt_queue import Apply, PromptQueue, Wait
+from workers.prompt_queue import Apply, Keep, PromptQueue, Wait
 from workers.stage import IDLE_WAIT_S
 
 SAY_AGAIN_NS = 500_000_000
@@ -84,6 +84,7 @@ class DenoiserStage:
         self._credit = -1
         self._begin: Begin | None = None
         self._fresh = True
+        self._may_abort = False
         self._draining = False
         self._end_at: int | None = None
         self._end_said_ns = 0
@@ -93,7 +94,7 @@ class DenoiserStage:
         config = self._config
         notes: list[str] = []
         transformer = load_transformer(config.model, self._device)
-        passes = choose_passes(config, transformer, self._on_pass, notes.append, own=True)
+        passes = choose_passes(config, transformer, self._after_pass, notes.append, own=True)
         self.note = "; ".join(notes)
         self._rollout = Rollout(transformer, config.stream, config.video, LatentHistory(self._history), passes)
         self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)
@@ -156,7 +157,9 @@ class DenoiserStage:
         began = time.monotonic_ns()
         if isinstance(decision, Apply):
             self._put_in_force(decision, block)
-        self._hand_over(slot, block, self._rollout.denoise(self._noise), began)
+        # A block that begins with a prompt is not aborted: every version that was applied is seen.
+        may_abort = self._config.stream.switch == "abort" and isinstance(decision, Keep)
+        self._hand_over(slot, block, self._denoise(block, may_abort), began)
         self._rollout.remember()
         self._say_done(block, began)
         return True
@@ -191,6 +194,30 @@ class DenoiserStage:
             self._rollout.switch(decision.embeds)
         self._prompts.applied(decision.version, block)
         self._to_daemon(PromptApplied(version=decision.version, block=block))
+
+    def _denoise(self, block: int, may_abort: bool) -> Tensor:
+        """A block's clean latents; aborted by a prompt that comes meanwhile, it is begun anew under it, once."""
+        self._may_abort = may_abort
+        latents = self._rollout.denoise(self._noise)
+        self._may_abort = False
+        if latents is None:
+            decision = self._prompts.decide(block)
+            assert isinstance(decision, Apply)
+            self._put_in_force(decision, block)
+            latents = self._rollout.denoise(self._noise)
+        assert latents is not None
+        return latents
+
+    def _after_pass(self) -> bool:
+        """Whether a prompt has come that aborts the block at work."""
+        self._on_pass()
+        if not self._may_abort:
+            return False
+        if self._device.type == "cuda":  # else the host, which is ahead, asks before the step has run
+            torch.cuda.current_stream(self._device).synchronize()
+        while self._take_embeds():
+            pass
+        return isinstance(self._prompts.decide(self._rollout.block), Apply)
 
     def _hand_over(self, slot: int, block: int, latents: Tensor, began: int) -> None:
         """Before the clean pass, so that decoding begins beside it."""

@@ -23,6 +23,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "without recache": ("stream.recache=none",),
     "recache of 3 latents": ("stream.recache=recent(3)",),
     "recache of 6 latents": ("stream.recache=recent(6)",),
+    "no recache, prompts blended over 1.5 s": ("stream.recache=blend(1.5)",),
     "recache of 12 latents, the sink's replaced": ("stream.global_sink=false",),
     "3 steps": ("stream.steps=[1000,667,333]",),
     "2 steps": ("stream.steps=[1000,500]",),

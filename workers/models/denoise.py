@@ -9,6 +9,7 @@ from torch import Tensor
 
 from configs.schema import LATENT_CHANNELS, StreamConfig, VideoConfig
 from ipc.errors import NonFiniteLatents
+from workers.models.blend import Blend
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
 from workers.models.passes import Passes, PlainPasses
@@ -60,6 +61,7 @@ class Rollout:
         self.layout = CacheLayout(stream)
         self.shape = (stream.frames_per_block, LATENT_CHANNELS, video.latent_height, video.latent_width)
         self.passes = passes or PlainPasses(model, stream, video)
+        self._blend_blocks = stream.blend_blocks(video.fps)
         self.begin(history or LatentHistory(torch.zeros(stream.window_blocks, *self.shape)))
 
     def begin(self, history: LatentHistory) -> None:
@@ -67,16 +69,21 @@ class Rollout:
         self.history = history
         self.block = 0
         self.anchor = 0
+        self._blend: Blend | None = None
         self._made: tuple[CachePlan, Tensor] | None = None
 
     @torch.inference_mode()
     def switch(self, embeds: Tensor) -> None:
         """Puts a prompt in force from the next block on and recomputes the cache under it, as far as `recache` says.
 
+        With `recache: blend(SECONDS)` the next block is the first on the way from what was in force at the block before
+        to this prompt; a stream's first prompt has nothing to come from.
+
         Args:
             embeds: [1, n, text_dim] of the prompt's n tokens.
         """
-        self.passes.take_prompt(embeds)
+        before = None if self._blend is None else self._blend.at(self.block - 1)
+        self._take_prompt(Blend(before, embeds, self.block, self._blend_blocks))
         recache = self.layout.recache(self.block, self.anchor) if self.block > 0 else None
         if recache is not None:
             self._recompute(*recache)
@@ -84,29 +91,35 @@ class Rollout:
     @torch.inference_mode()
     def resume(self, block: int, embeds: Tensor) -> None:
         """Continues a stream whose cache is lost at `block`, from the latents in the history; re-anchors the sink."""
-        self.passes.take_prompt(embeds)
         self.block = block
+        self._take_prompt(Blend(None, embeds, block, 1))
         if block > 0:
             self._recompute(*self.layout.reanchor(block))
 
     def denoise_block(self, noise: NoiseSource) -> Tensor:
         """Generates the next block: `denoise`, then `remember`."""
         latents = self.denoise(noise)
+        assert latents is not None, "nobody ended it"
         self.remember()
         return latents
 
     @torch.inference_mode()
-    def denoise(self, noise: NoiseSource) -> Tensor:
+    def denoise(self, noise: NoiseSource) -> Tensor | None:
         """All steps of the next block, which is over with `remember` only.
 
         Returns:
-            Its clean latents [1, F, 16, h, w] float32, on the model's device.
+            Its clean latents [1, F, 16, h, w] float32, on the model's device; None if the passes were told to end it
+            before its last step. Then it is still the next block, and a `switch` gives what it would have given before.
 
         Raises:
             NonFiniteLatents: they hold NaN or infinity.
         """
+        if self._blend is not None and self._blend.goes_on_at(self.block):
+            self._take_prompt(self._blend)
         plan = self.layout.denoise(self.block, self.anchor)
         clean = self.passes.denoise(plan, self.block, noise)
+        if clean is None:
+            return None
         if not bool(torch.isfinite(clean).all()):
             raise NonFiniteLatents(f"block {self.block}: the latents hold NaN or infinity")
         self.history.put(self.block, clean)
@@ -121,6 +134,12 @@ class Rollout:
         self.passes.remember(plan, clean)
         self._made = None
         self.block += 1
+
+    def _take_prompt(self, blend: Blend) -> None:
+        embeds = blend.at(self.block)
+        assert embeds is not None, "it has begun"
+        self._blend = blend
+        self.passes.take_prompt(embeds)
 
     def _recompute(self, plan: CachePlan, blocks: range, anchor: int) -> None:
         self.passes.remember(plan, self.history.get(blocks).to(self.model.device))

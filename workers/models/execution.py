@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from configs.schema import RuntimeConfig, TransformerConfig
 from workers.models.attention import AttentionSize, choose_attention
+from workers.models.audit import Audit
 from workers.models.fp8 import Fp8Linears, choose_multiply
 from workers.models.graphs import CudaGraphs, run_directly
-from workers.models.passes import Passes, PlainPasses
+from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
 from workers.models.static_passes import StaticPasses
 from workers.models.transformer import CausalWanTransformer
 
@@ -16,7 +17,7 @@ Say = Callable[[str], None]
 def choose_passes(
     config: RuntimeConfig,
     model: CausalWanTransformer,
-    on_pass: Callable[[], None] = lambda: None,
+    on_pass: AfterPass = go_on,
     say: Say = lambda line: None,
     *,
     own: bool = False,
@@ -37,6 +38,8 @@ def choose_passes(
     if execution.denoiser == "plain":
         return PlainPasses(model, config.stream, config.video, on_pass)
     record = CudaGraphs(model.device) if execution.graphs and model.device.type == "cuda" else run_directly
+    if execution.audit:
+        record = Audit(record, model.device)
     if execution.linears == "model":
         return StaticPasses(model, config.stream, config.video, on_pass, record, execution.kv)
     tokens = config.stream.frames_per_block * config.video.frame_tokens

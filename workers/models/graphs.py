@@ -4,6 +4,7 @@ Knows no model: a function without arguments that always does the same to the sa
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,23 +25,24 @@ class CudaGraphs:
     """Captures functions as CUDA graphs that share one pool of memory.
 
     Args:
-        graph: what is captured into; torch's own unless a test says otherwise.
+        cuda: what captures; torch's own unless a test says otherwise.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device, self._cuda = device, cuda
+        self._pool = cuda.graph_pool_handle()
+        self._stream = cuda.Stream(device)
 
     def __call__(self, function: Callable[[], None]) -> Replay:
         """Runs the function to warm it up, captures it, and returns the graph's replay."""
-        with torch.cuda.device(self._device), torch.inference_mode():
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
+        cuda = self._cuda
+        with cuda.device(self._device), torch.inference_mode():
+            self._stream.wait_stream(cuda.current_stream())
+            with cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     function()
-            torch.cuda.current_stream().wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            cuda.current_stream().wait_stream(self._stream)
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph, pool=self._pool, stream=self._stream):
                 function()
         return graph.replay

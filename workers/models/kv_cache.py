@@ -62,7 +62,8 @@ class CacheLayout:
 
         While every past block is still in the window all of them are recomputed, the sink included. Later the sink's
         keys and values are kept (`global_sink`), or the oldest recomputed blocks become the sink. With
-        `recache: recent(N)` only the newest of these are recomputed, and see the others as they were; None for none.
+        `recache: recent(N)` only the newest of these are recomputed, and see the others as they were; None where
+        nothing is, for `none` and `blend(SECONDS)`.
         """
         whole, blocks, new_anchor = self._whole_recache(block, anchor)
         frames = self.stream.recache_frames
@@ -151,6 +152,11 @@ class KVCache:
         """The keys and values a plan's pass attends to, each [B, tokens, heads, head_dim]; views, not copies."""
         tokens = plan.visible * self.block_tokens
         return self.k[layer, :, :tokens], self.v[layer, :, :tokens]
+
+    def touched_by(self, slot: int) -> list[Tensor]:
+        """What denoising a block in a slot may change: the slot's keys and values, and the sink's keys; views."""
+        tokens = slice(slot * self.block_tokens, (slot + 1) * self.block_tokens)
+        return [self.k[:, :, tokens], self.v[:, :, tokens], self.k[:, :, : self.sink_k.shape[2]]]
 
     def place_sink(self, position: int, by: Rotation) -> None:
         """Rotates the sink's keys of all layers to stand at a position; `by` holds the sink tokens' rotations there."""

@@ -46,6 +46,10 @@ class KVStore:
         """All its memory."""
         return [self.k, self.v, self.sink_k]
 
+    def touched_by(self, slot: int) -> list[Tensor]:
+        """What denoising a block in a slot may change: the slot's keys and values, and the sink's keys; views."""
+        return [self.k[:, slot], self.v[:, slot], self.k[:, : self.sink_k.shape[1]]]
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores keys and values of n blocks, each [n * block tokens, heads, head_dim] float32 or the store's dtype.
 
@@ -126,6 +130,10 @@ class QuantisedKVStore(KVStore):
 
     def buffers(self) -> list[Tensor]:
         return [*super().buffers(), self.k_scale, self.v_scale, self.sink_scale]
+
+    def touched_by(self, slot: int) -> list[Tensor]:
+        scales = [self.k_scale[:, slot], self.v_scale[:, slot], self.k_scale[:, : self.sink_k.shape[1]]]
+        return [*super().touched_by(slot), *scales]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         self._put(self.k[layer], self.k_scale[layer], slots, k)

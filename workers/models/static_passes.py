@@ -1,6 +1,6 @@
 """The passes of a stream on the fast path: fills the static buffers, runs what was recorded for the shape at hand."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
+from workers.models.passes import AfterPass, go_on, undo_for
 from workers.models.rope import Rotation, rotation
 from workers.models.static import Shape, StaticTransformer
 from workers.models.transformer import CausalWanTransformer
@@ -32,7 +33,7 @@ class StaticPasses:
         model: CausalWanTransformer,
         stream: StreamConfig,
         video: VideoConfig,
-        on_pass: Callable[[], None] = lambda: None,
+        on_pass: AfterPass = go_on,
         record: Recorder = run_directly,
         kv: KVKind = "model",
         linear: MakeLinear = plain_linear,
@@ -41,6 +42,7 @@ class StaticPasses:
         self.static = StaticTransformer(model, stream, video, kv, linear)
         self._rows, self._columns = video.latent_height // PATCH, video.latent_width // PATCH
         self._on_pass = on_pass
+        self._undo = undo_for(stream, self.static.store.touched_by)
         self.record = record
         self._recorded: dict[Key, Replay] = {}
         self.text_keys = 0
@@ -53,11 +55,16 @@ class StaticPasses:
     def take_prompt(self, embeds: Tensor) -> None:
         self.text_keys = self.static.text.put(self.model.prompt_kv(embeds), embeds.shape[1])
 
-    def denoise(self, plan: CachePlan, block: int, noise: NoiseSource) -> Tensor:
+    def denoise(self, plan: CachePlan, block: int, noise: NoiseSource) -> Tensor | None:
+        if self._undo is not None:
+            self._undo.keep(plan.slots[0], self._sink_at)
         shape = self.fill(plan, block, noise)
         for step in range(len(self.static.sigmas)):
             self._run(step, shape)
-            self._on_pass()
+            if self._on_pass() and self._undo is not None and step + 1 < len(self.static.sigmas):
+                self._undo.put_back()
+                self._sink_at = self._undo.sink_at
+                return None
         return self.static.latents.clone()[None]
 
     def fill(self, plan: CachePlan, block: int, noise: NoiseSource) -> Shape:
