@@ -20,6 +20,8 @@ LinearKind = Literal["model", "fp8"]
 """How the fast path multiplies: in `model.dtype`, or e4m3 by e4m3 with a scale for each token and output channel."""
 AttentionKind = Literal["auto", "cudnn", "flash", "flash3", "flash4", "sdpa", "math"]
 """What computes attention; `auto` is the fastest that is installed and right on a GPU, `sdpa` on a CPU."""
+KernelsKind = Literal["auto", "torch", "triton"]
+"""What computes the fast path's small operations; `auto` is Triton where the model is on a GPU and Triton installed."""
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 StageName = Literal["text_encoder", "denoiser", "vae_decoder", "output"]
 STAGES: tuple[StageName, ...] = ("text_encoder", "denoiser", "vae_decoder", "output")
@@ -348,7 +350,8 @@ class ExecutionConfig(Part):
     `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs; `kv`
     keeps its keys and values in 8 bits and `linears: fp8` multiplies in 8 bits, which is not exact. `fp8_keep` names
     linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`. `audit` is for finding
-    bugs: it ends the denoiser when a pass of the fast path reads a value back or keeps memory.
+    bugs: it ends the denoiser when a pass of the fast path reads a value back or keeps memory. `kernels` says what
+    computes its small operations; `compile` has torch.compile make what lies between its attentions.
     """
 
     denoiser: Execution = "static"
@@ -356,17 +359,24 @@ class ExecutionConfig(Part):
     kv: KVKind = "model"
     linears: LinearKind = "model"
     fp8_keep: tuple[str, ...] = ()
+    kernels: KernelsKind = "auto"
+    compile: bool = False
     audit: bool = False
 
     @model_validator(mode="after")
-    def _plain_is_plain(self) -> "ExecutionConfig":
-        for name, kind in (("kv", self.kv), ("linears", self.linears)):
-            if self.denoiser == "plain" and kind != "model":
-                raise ValueError(f"{name}: {kind} needs denoiser: static, found denoiser: plain")
+    def _plain_is_the_definition(self) -> "ExecutionConfig":
+        fast = {
+            f"kv: {self.kv}": self.kv != "model",
+            f"linears: {self.linears}": self.linears != "model",
+            "kernels: triton": self.kernels == "triton",
+            "compile: true": self.compile,
+            "audit: true": self.audit,
+        }
+        wanted = [setting for setting, is_set in fast.items() if is_set]
+        if self.denoiser == "plain" and wanted:
+            raise ValueError(f"{wanted[0]} needs denoiser: static, found denoiser: plain")
         if self.fp8_keep and self.linears != "fp8":
             raise ValueError(f"fp8_keep needs linears: fp8, found linears: {self.linears}")
-        if self.denoiser == "plain" and self.audit:
-            raise ValueError("audit: true needs denoiser: static, found denoiser: plain")
         return self
 
 

@@ -11,6 +11,9 @@ import pytest
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
+# Before anything imports Triton: its kernels run in numpy. TRITON_INTERPRET=0 tests them on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A shell ignores Ctrl-C for what it starts in the background, and processes that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -8,7 +8,8 @@ from golden_cases import Case, relative_error
 from stream_case import SMALL, case_rollout
 
 from configs.schema import StreamConfig, VideoConfig
-from workers.models.kv_store import KVStore, QuantisedKVStore, quantised
+from workers.models.kernels import quantised
+from workers.models.kv_store import KVStore, QuantisedKVStore
 from workers.models.noise import GivenNoise
 from workers.models.static_passes import StaticPasses
 from workers.models.transformer import CausalWanTransformer

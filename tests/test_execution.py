@@ -1,13 +1,18 @@
 """The settings under `execution` choose how blocks are computed."""
 
+import importlib.util
+from collections.abc import Callable
+
 import pytest
 import torch
 from stream_case import tiny_transformer
 
 from configs.load import load_config
+from configs.schema import KernelsKind
 from ipc.errors import ConfigError
-from workers.models.execution import choose_passes
+from workers.models.execution import choose_kernels, choose_passes
 from workers.models.graphs import run_directly
+from workers.models.kernels import TORCH
 from workers.models.kv_store import QuantisedKVStore
 from workers.models.passes import PlainPasses
 from workers.models.static_passes import StaticPasses
@@ -32,6 +37,57 @@ def test_keys_and_values_can_be_kept_in_eight_bits(kind: str, code: torch.dtype)
     assert passes.static.store.k.dtype == passes.static.store.v.dtype == code
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="kv: int8 needs denoiser: static, found denoiser: plain"):
-        load_config("pocket", ["execution.denoiser=plain", "execution.kv=int8"])
+@pytest.mark.parametrize(
+    ("kind", "device", "name", "said"),
+    [
+        ("auto", "cpu", "torch", "kernels by torch"),
+        ("auto", "cuda:1", "triton", "kernels by triton"),
+        ("triton", "cuda", "triton", "kernels by triton"),
+        ("torch", "cuda", "torch", "kernels by torch"),
+        ("triton", "cpu", "torch", "kernels by torch: triton needs a CUDA device, found cpu"),
+    ],
+)
+def test_kernels_are_what_the_device_runs(kind: KernelsKind, device: str, name: str, said: str) -> None:
+    """What was asked for and is not to be had is said once, with what is used instead."""
+    notes: list[str] = []
+    assert choose_kernels(kind, torch.device(device), notes.append).name == name
+    assert notes == [said]
+
+
+@pytest.mark.parametrize("kind", ["auto", "triton"])
+def test_without_triton_torch_is_used(kind: KernelsKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    notes: list[str] = []
+    assert choose_kernels(kind, torch.device("cuda"), notes.append) is TORCH
+    assert notes == ["kernels by torch" + ": triton is not installed" * (kind == "triton")]
+
+
+def test_kernels_reach_every_layer() -> None:
+    config = load_config("pocket", ["execution.kernels=triton"])
+    notes: list[str] = []
+    passes = choose_passes(config, tiny_transformer(), say=notes.append)
+    assert isinstance(passes, StaticPasses)
+    assert {layer.kernels for layer in passes.static.layers} == {passes.static.kernels} == {TORCH}
+    assert "kernels by torch: triton needs a CUDA device, found cpu" in notes
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_are_compiled_where_it_is_asked_for(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def compile_(body: Callable[..., object], *, fullgraph: bool, dynamic: bool) -> Callable[..., object]:
+        assert fullgraph and not dynamic
+        asked.append(body.__name__)
+        return body
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    model = tiny_transformer()
+    choose_passes(load_config("pocket", [f"execution.compile={str(compiled).lower()}"]), model)
+    assert asked == ["ask_past", "ask_prompt", "finish"] * len(model.blocks) * compiled
+
+
+@pytest.mark.parametrize("wanted", ["kv: int8", "kernels: triton", "compile: true"])
+def test_what_cannot_be_is_refused(wanted: str) -> None:
+    setting = f"execution.{wanted.replace(': ', '=')}"
+    with pytest.raises(ConfigError, match=f"{wanted} needs denoiser: static, found denoiser: plain"):
+        load_config("pocket", ["execution.denoiser=plain", setting])

@@ -11,7 +11,8 @@ from teacher_forced import worst_error
 
 from configs.schema import StreamConfig
 from workers.models.denoise import Rollout
-from workers.models.kv_store import LARGEST, QuantisedKVStore, quantised
+from workers.models.kernels import LARGEST, quantised
+from workers.models.kv_store import QuantisedKVStore
 from workers.models.noise import DrawnNoise
 from workers.models.static_passes import StaticPasses
 

@@ -1,17 +1,23 @@
 """Which way of computing a configuration asks for, and a device allows."""
 
+import importlib.util
 from collections.abc import Callable
+from functools import partial
 
-from configs.schema import RuntimeConfig, TransformerConfig
+import torch
+
+from configs.schema import KernelsKind, RuntimeConfig, TransformerConfig
 from workers.models.attention import AttentionSize, choose_attention
 from workers.models.audit import Audit
 from workers.models.fp8 import Fp8Linears, choose_multiply
 from workers.models.graphs import CudaGraphs, run_directly
+from workers.models.kernels import TORCH, Kernels
 from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
 from workers.models.static_passes import StaticPasses
 from workers.models.transformer import CausalWanTransformer
 
 Say = Callable[[str], None]
+"""Takes what the log says of a choice."""
 
 
 def choose_passes(
@@ -40,12 +46,14 @@ def choose_passes(
     record = CudaGraphs(model.device) if execution.graphs and model.device.type == "cuda" else run_directly
     if execution.audit:
         record = Audit(record, model.device)
+    kernels = choose_kernels(execution.kernels, model.device, say)
+    build = partial(StaticPasses, model, config.stream, config.video, on_pass, record, execution.kv)
     if execution.linears == "model":
-        return StaticPasses(model, config.stream, config.video, on_pass, record, execution.kv)
+        return build(kernels=kernels, compiled=execution.compile)
     tokens = config.stream.frames_per_block * config.video.frame_tokens
     multiply, by = choose_multiply(linear_shapes(model.config), tokens, model.device, model.dtype)
     linears = Fp8Linears(execution.fp8_keep, multiply)
-    passes = StaticPasses(model, config.stream, config.video, on_pass, record, execution.kv, linears)
+    passes = build(linears, kernels, execution.compile)
     say(f"{linears.weighs}, by {by}")
     if own:
         linears.release(model)
@@ -64,3 +72,19 @@ def linear_shapes(transformer: TransformerConfig) -> set[tuple[int, int]]:
     """Out and in of the linears in `configs.schema.LAYER_LINEARS`."""
     dim, wide = transformer.dim, transformer.ffn_dim
     return {(3 * dim, dim), (dim, dim), (wide, dim), (dim, wide)}
+
+
+def choose_kernels(kind: KernelsKind, device: torch.device, say: Say = lambda line: None) -> Kernels:
+    """What computes the small operations: Triton where it is wanted and runs, else PyTorch."""
+    lack = ""
+    if device.type != "cuda":
+        lack = f"needs a CUDA device, found {device.type}"
+    elif importlib.util.find_spec("triton") is None:
+        lack = "is not installed"
+    if kind == "torch" or lack:
+        say(f"kernels by torch: triton {lack}" if kind == "triton" else "kernels by torch")
+        return TORCH
+    from workers.models.triton_kernels import TRITON
+
+    say("kernels by triton")
+    return TRITON

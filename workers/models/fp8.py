@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.models.kv_store import Codes, quantised
+from workers.models.kernels import Codes, quantised
 
 Linear = Callable[[Tensor], Tensor]
 """[tokens, in] -> [tokens, out], the dtype kept."""

@@ -1,7 +1,12 @@
 """The small operations between the matrix products of a layer, each as one function: plain PyTorch, the definition.
 
-Every one computes in float32 and rounds once. Knows no cache, no steps and no blocks.
+Every one computes in float32 and rounds once. `Kernels` is the set of them that the static path calls, by PyTorch here
+or by others. Knows no steps and no blocks, and of a cache only where keys and values go.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +15,78 @@ from torch import Tensor
 from workers.models.rope import Rotation
 
 
+class Codes(NamedTuple):
+    """8-bit values and what each row of them was divided by: [..., n] and [..., 1] float32."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest value that a code holds."""
+
+
+def quantised(x: Tensor, dtype: torch.dtype) -> Codes:
+    """x [..., n] as codes of a dtype; each row uses its whole range. Zeros stay zeros."""
+    wide = x.float()
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
+    units = wide / scale
+    return Codes((units.round() if dtype == torch.int8 else units).to(dtype), scale)
+
+
+class KVTarget(Protocol):
+    """Where a layer's keys and values go; `kv_store.LayerKV` says more."""
+
+    block_tokens: int
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores rotated keys and values of the blocks that go to `slots`."""
+
+    def keep_sink(self, slots: Tensor, k: Tensor) -> None:
+        """Stores keys before rotation of the sink's blocks that go to `slots`."""
+
+
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Layer norm of x [L, dim], times scale [dim] float32 (the whole factor, 1 included), plus shift [dim] float32."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), scale).to(x.dtype)
+    return _norm_modulated(x, scale, shift, eps).to(x.dtype)
+
+
+def norm_modulate_fp8(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Codes:
+    """As `norm_modulate`, but each row in e4m3 with a scale of its own: what an FP8 product takes."""
+    return quantised(_norm_modulated(x, scale, shift, eps), torch.float8_e4m3fn)
+
+
+def _norm_modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), scale)
+
+
+def gate_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + y * gate: x and y [L, dim], gate [dim] float32 or None for ones; returns the dtype of x."""
+    return x + y if gate is None else torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+def gate_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`gate_residual`, and `norm_modulate` of its rounded result; both [L, dim] in the dtype of x."""
+    x = gate_residual(x, y, gate)
+    return x, norm_modulate(x, scale, shift, eps)
+
+
+def gate_norm_modulate_fp8(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Codes]:
+    """As `gate_norm_modulate`, with the norm as of `norm_modulate_fp8`."""
+    x = gate_residual(x, y, gate)
+    return x, norm_modulate_fp8(x, scale, shift, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of x [L, dim] over all channels, times weight [dim]; float32."""
+    """Root-mean-square norm of x [L, dim] over all channels, times weight [dim]; returns the dtype of x."""
+    return _rms_normed(x, weight, eps).to(x.dtype)
+
+
+def _rms_normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
 
 
@@ -28,6 +98,53 @@ def turned(x: Tensor, by: Rotation) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate: x and y [L, dim], gate [dim] float32; returns the dtype of x."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+def write_qkv(
+    qkv: Tensor,
+    weights: tuple[Tensor, Tensor],
+    eps: float,
+    turn: Rotation,
+    kv: KVTarget,
+    slots: Tensor,
+    sinks: int,
+) -> Tensor:
+    """Norms and rotates queries and keys, leaves keys and values in the cache.
+
+    Args:
+        qkv: [L, 3 dim], what the fused product gave for the tokens of whole blocks.
+        weights: RMS norm weights of query and key, [dim] each; eps is that of both norms.
+        turn: the tokens' rotations.
+        slots: [blocks] int64 on the device, where the blocks go.
+        sinks: how many of the blocks, from the first, are the sink's: their keys are kept before rotation too.
+
+    Returns:
+        Rotated queries [L, heads, head_dim] in the dtype of qkv.
+    """
+    q, k, v = qkv.chunk(3, dim=-1)
+    heads = (-1, 2 * turn.cos.shape[-1])
+    q, k = (_rms_normed(x, weight, eps).unflatten(-1, heads) for x, weight in zip((q, k), weights, strict=True))
+    kv.write(slots, turned(k, turn), v.unflatten(-1, heads))
+    if sinks:
+        kv.keep_sink(slots[:sinks], k[: sinks * kv.block_tokens])
+    return turned(q, turn).to(qkv.dtype)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One way to compute the operations above; each field is as the function of its name.
+
+    Attributes:
+        name: what the log says.
+    """
+
+    name: str
+    norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    norm_modulate_fp8: Callable[[Tensor, Tensor, Tensor, float], Codes]
+    gate_norm_modulate: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    gate_norm_modulate_fp8: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Codes]]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    write_qkv: Callable[[Tensor, tuple[Tensor, Tensor], float, Rotation, KVTarget, Tensor, int], Tensor]
+
+
+TORCH = Kernels(
+    "torch", norm_modulate, norm_modulate_fp8, gate_norm_modulate, gate_norm_modulate_fp8, rms_norm, write_qkv
+)

@@ -3,22 +3,50 @@
 The same slots as `kv_cache.CacheLayout` plans. Knows nothing of prompts, steps or noise.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from configs.schema import KVKind, StreamConfig
-from workers.models.kernels import turned
+from workers.models.kernels import quantised, turned
 from workers.models.rope import Rotation
 
 
-class KVStore:
-    """Keys and values as they are.
+class LayerKV:
+    """One layer's keys and values, as they are: part of a `KVStore`'s memory.
 
     Attributes:
-        k, v: [layers, slots, block tokens, heads, head_dim]; keys rotated to where they stand.
-        sink_k: [layers, sink slots, block tokens, heads, head_dim], the sink's keys before rotation.
+        k, v: [slots, block tokens, heads, head_dim]; keys rotated to where they stand.
+        sink_k: [sink slots, block tokens, heads, head_dim], the sink's keys before rotation.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, sink_k: Tensor) -> None:
+        self.k, self.v, self.sink_k = k, v, sink_k
+        self.block_tokens = k.shape[1]
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores keys and values of n blocks, each [n * block tokens, heads, head_dim] float32 or the store's dtype.
+
+        Args:
+            slots: [n] int64 on the device.
+        """
+        for mine, new in ((self.k, k), (self.v, v)):
+            mine.index_copy_(0, slots, new.to(mine.dtype).unflatten(0, (-1, self.block_tokens)))
+
+    def keep_sink(self, slots: Tensor, k: Tensor) -> None:
+        """Stores un-rotated keys of n sink blocks; arguments as of `write`."""
+        self.sink_k.index_copy_(0, slots, k.to(self.sink_k.dtype).unflatten(0, (-1, self.block_tokens)))
+
+    def visible(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first slots, each [slots * block tokens, heads, head_dim]."""
+        return self.k[:slots].flatten(0, 1), self.v[:slots].flatten(0, 1)
+
+
+class KVStore:
+    """Keys and values of all layers, as they are.
+
+    Attributes:
+        k, v, sink_k: as of `LayerKV`, [layers, ...].
+        layers: each layer's part.
     """
 
     def __init__(
@@ -32,11 +60,11 @@ class KVStore:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.block_tokens = stream.frames_per_block * frame_tokens
-        shape = (layers, stream.window_blocks, self.block_tokens, heads, head_dim)
+        shape = (layers, stream.window_blocks, stream.frames_per_block * frame_tokens, heads, head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.sink_k = torch.zeros((layers, stream.sink_blocks, *shape[2:]), device=device, dtype=dtype)
+        self.layers = [LayerKV(*parts) for parts in zip(self.k, self.v, self.sink_k, strict=True)]
 
     @property
     def nbytes(self) -> int:
@@ -50,20 +78,6 @@ class KVStore:
         """What denoising a block in a slot may change: the slot's keys and values, and the sink's keys; views."""
         return [self.k[:, slot], self.v[:, slot], self.k[:, : self.sink_k.shape[1]]]
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores keys and values of n blocks, each [n * block tokens, heads, head_dim] float32 or the store's dtype.
-
-        Args:
-            slots: [n] int64 on the device.
-        """
-        for mine, new in ((self.k[layer], k), (self.v[layer], v)):
-            mine.index_copy_(0, slots, new.to(mine.dtype).unflatten(0, (-1, self.block_tokens)))
-
-    def keep_sink(self, layer: int, slots: Tensor, k: Tensor) -> None:
-        """Stores un-rotated keys of n sink blocks; arguments as of `write`."""
-        mine = self.sink_k[layer]
-        mine.index_copy_(0, slots, k.to(mine.dtype).unflatten(0, (-1, self.block_tokens)))
-
     def move_sink(self, by: Rotation) -> None:
         """Rotates the sink's keys of all layers to where `by` [sink tokens, head_dim / 2] says."""
         layers, slots = self.sink_k.shape[:2]
@@ -71,28 +85,38 @@ class KVStore:
         there = turned(keys.flatten(1, 2), by).unflatten(1, (layers, -1)).transpose(0, 1)
         self.k[:, :slots].copy_(there.unflatten(1, (slots, -1)))
 
-    def visible(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first slots, each [slots * block tokens, heads, head_dim]."""
-        return self.k[layer, :slots].flatten(0, 1), self.v[layer, :slots].flatten(0, 1)
 
+class QuantisedLayerKV(LayerKV):
+    """One layer's part of a `QuantisedKVStore`.
 
-class Codes(NamedTuple):
-    """8-bit values and what each token's head was divided by: [..., heads, head_dim] and [..., heads, 1] float32."""
+    Args:
+        scales: [slots, block tokens, heads, 1] float32 of keys and of values, [sink slots, ...] of the sink's keys.
+        dtype: what attention sees.
+    """
 
-    codes: Tensor
-    scale: Tensor
+    def __init__(
+        self, k: Tensor, v: Tensor, sink_k: Tensor, scales: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__(k, v, sink_k)
+        self.k_scale, self.v_scale, self.sink_scale = scales
+        self.dtype = dtype
 
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        self._put(self.k, self.k_scale, slots, k)
+        self._put(self.v, self.v_scale, slots, v)
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""The largest value that a code holds."""
+    def keep_sink(self, slots: Tensor, k: Tensor) -> None:
+        self._put(self.sink_k, self.sink_scale, slots, k)
 
+    def visible(self, slots: int) -> tuple[Tensor, Tensor]:
+        parts = ((self.k, self.k_scale), (self.v, self.v_scale))
+        k, v = ((codes[:slots].float() * scale[:slots]).to(self.dtype) for codes, scale in parts)
+        return k.flatten(0, 1), v.flatten(0, 1)
 
-def quantised(x: Tensor, dtype: torch.dtype) -> Codes:
-    """x [..., heads, head_dim] as codes of a dtype; each token's head uses its whole range. Zeros stay zeros."""
-    wide = x.float()
-    scale = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
-    units = wide / scale
-    return Codes((units.round() if dtype == torch.int8 else units).to(dtype), scale)
+    def _put(self, mine: Tensor, scales: Tensor, slots: Tensor, new: Tensor) -> None:
+        codes, scale = quantised(new.unflatten(0, (-1, self.block_tokens)), mine.dtype)
+        _bytes(mine).index_copy_(0, slots, _bytes(codes))
+        scales.index_copy_(0, slots, scale)
 
 
 class QuantisedKVStore(KVStore):
@@ -123,10 +147,14 @@ class QuantisedKVStore(KVStore):
             device=device,
             dtype=code,
         )
-        self.dtype = dtype
         self.k_scale, self.v_scale, self.sink_scale = (
             torch.zeros((*codes.shape[:-1], 1), device=device) for codes in (self.k, self.v, self.sink_k)
         )
+        scales = zip(self.k_scale, self.v_scale, self.sink_scale, strict=True)
+        self.layers = [
+            QuantisedLayerKV(part.k, part.v, part.sink_k, own, dtype)
+            for part, own in zip(self.layers, scales, strict=True)
+        ]
 
     def buffers(self) -> list[Tensor]:
         return [*super().buffers(), self.k_scale, self.v_scale, self.sink_scale]
@@ -135,13 +163,6 @@ class QuantisedKVStore(KVStore):
         scales = [self.k_scale[:, slot], self.v_scale[:, slot], self.k_scale[:, : self.sink_k.shape[1]]]
         return [*super().touched_by(slot), *scales]
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self._put(self.k[layer], self.k_scale[layer], slots, k)
-        self._put(self.v[layer], self.v_scale[layer], slots, v)
-
-    def keep_sink(self, layer: int, slots: Tensor, k: Tensor) -> None:
-        self._put(self.sink_k[layer], self.sink_scale[layer], slots, k)
-
     def move_sink(self, by: Rotation) -> None:
         layers, slots = self.sink_k.shape[:2]
         keys = (self.sink_k.float() * self.sink_scale).flatten(1, 2).transpose(0, 1)
@@ -149,16 +170,6 @@ class QuantisedKVStore(KVStore):
         codes, scale = quantised(there.unflatten(1, (slots, -1)), self.k.dtype)
         _bytes(self.k)[:, :slots].copy_(_bytes(codes))
         self.k_scale[:, :slots].copy_(scale)
-
-    def visible(self, layer: int, slots: int) -> tuple[Tensor, Tensor]:
-        parts = ((self.k, self.k_scale), (self.v, self.v_scale))
-        k, v = ((codes[layer, :slots].float() * scale[layer, :slots]).to(self.dtype) for codes, scale in parts)
-        return k.flatten(0, 1), v.flatten(0, 1)
-
-    def _put(self, mine: Tensor, scales: Tensor, slots: Tensor, new: Tensor) -> None:
-        codes, scale = quantised(new.unflatten(0, (-1, self.block_tokens)), mine.dtype)
-        _bytes(mine).index_copy_(0, slots, _bytes(codes))
-        scales.index_copy_(0, slots, scale)
 
 
 def _bytes(codes: Tensor) -> Tensor:

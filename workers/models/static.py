@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS, LAYER_LINEARS, PATCH, KVKind, StreamConfig, VideoConfig
-from workers.models.attention import Attend
 from workers.models.fp8 import MakeLinear, plain_linear
-from workers.models.kernels import gate_residual, norm_modulate, rms_norm, turned
-from workers.models.kv_store import new_store
+from workers.models.kernels import TORCH, Kernels
+from workers.models.kv_store import LayerKV, new_store
 from workers.models.rope import Rotation
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer, Layer, PromptKV, timestep_embedding
@@ -50,20 +49,25 @@ def fuse_qkv(layer: Layer) -> tuple[Tensor, Tensor]:
 class StaticLayer:
     """One layer's weights, its modulations at every timestep that occurs, and its work on [tokens, dim].
 
+    Its three methods are what happens between attentions; they take tensors of few shapes, so that one compilation
+    of each serves all layers and all timesteps.
+
     Args:
         index: which layer it is.
         times: [T, 6, dim], the time projection of each timestep.
-        attend: self-attention.
         linear: makes its linears, `configs.schema.LAYER_LINEARS`.
+        compiled: whether torch.compile makes the methods.
 
     Attributes:
         linears: by those names.
+        modulation: [T, 6, dim] float32: shift, scale (1 included), gate of self-attention, then of the feed-forward.
     """
 
-    def __init__(self, index: int, layer: Layer, times: Tensor, attend: Attend, linear: MakeLinear) -> None:
-        self.layer = layer
+    def __init__(
+        self, index: int, layer: Layer, times: Tensor, linear: MakeLinear, kernels: Kernels, compiled: bool
+    ) -> None:
+        self.layer, self.kernels = layer, kernels
         self.heads = layer.self_attn.heads
-        self.attend_all = attend
         weights = {"self_attn.qkv": fuse_qkv(layer)}
         for name in LAYER_LINEARS[1:]:
             own = layer.get_submodule(name)
@@ -73,32 +77,40 @@ class StaticLayer:
         self.modulation[:, (1, 4)] += 1
         self.norm3 = (layer.norm3.weight.float(), layer.norm3.bias.float())
         self.eps = layer.norm1.eps
+        if compiled:
+            self.ask_past = torch.compile(self.ask_past, fullgraph=True, dynamic=False)
+            self.ask_prompt = torch.compile(self.ask_prompt, fullgraph=True, dynamic=False)
+            self.finish = torch.compile(self.finish, fullgraph=True, dynamic=False)
 
-    def queries_keys_values(self, x: Tensor, time: int, turn: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, keys before rotation, values; each [tokens, heads, head_dim]."""
-        shift, scale = self.modulation[time, :2]
+    def ask_past(self, h: Tensor, turn: Rotation, kv: LayerKV, slots: Tensor, sinks: int) -> Tensor:
+        """Rotated queries [tokens, heads, head_dim] of the normed input h; its keys and values are in `kv` then."""
         attn = self.layer.self_attn
-        y = self.linears["self_attn.qkv"](norm_modulate(x, scale, shift, self.eps))
-        q, k, v = y.chunk(3, dim=-1)
-        q = rms_norm(q, attn.norm_q.weight, attn.norm_q.eps).unflatten(-1, (self.heads, -1))
-        k = rms_norm(k, attn.norm_k.weight, attn.norm_k.eps).unflatten(-1, (self.heads, -1))
-        return turned(q, turn).to(x.dtype), turned(k, turn), k, v.unflatten(-1, (self.heads, -1))
+        weights = (attn.norm_q.weight, attn.norm_k.weight)
+        qkv = self.linears["self_attn.qkv"](h)
+        return self.kernels.write_qkv(qkv, weights, attn.norm_q.eps, turn, kv, slots, sinks)
 
-    def attend(self, x: Tensor, time: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Self-attention of q over k and v, gated onto x."""
-        y = self.linears["self_attn.o"](self.attend_all(q[None], k[None], v[None])[0].flatten(-2))
-        return gate_residual(x, y, self.modulation[time, 2])
-
-    def finish(self, x: Tensor, time: int, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """Cross-attention over the prompt's keys and values, then the feed-forward."""
-        shift, scale, gate = self.modulation[time, 3:]
+    def ask_prompt(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """x with self-attention's y [tokens, heads, head_dim] gated onto it, and queries of cross-attention."""
+        y = self.linears["self_attn.o"](y.flatten(-2))
+        x, h = self.kernels.gate_norm_modulate(x, y, gate, *self.norm3, self.eps)
         attn = self.layer.cross_attn
-        q = self.linears["cross_attn.q"](norm_modulate(x, *self.norm3, self.eps))
-        q = rms_norm(q, attn.norm_q.weight, attn.norm_q.eps).to(x.dtype).unflatten(-1, (self.heads, -1))
-        x = x + self.linears["cross_attn.o"](attention(q, k, v, bias).flatten(-2))
-        y = self.linears["ffn.0"](norm_modulate(x, scale, shift, self.eps))
-        y = self.linears["ffn.2"](F.gelu(y, approximate="tanh"))
-        return gate_residual(x, y, gate)
+        q = self.kernels.rms_norm(self.linears["cross_attn.q"](h), attn.norm_q.weight, attn.norm_q.eps)
+        return x, q.unflatten(-1, (self.heads, -1))
+
+    def finish(
+        self, x: Tensor, y: Tensor, norm: tuple[Tensor, Tensor], gate: Tensor, then: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """x with cross-attention's y and the feed-forward added, and its norm as what comes then takes it.
+
+        Args:
+            norm: scale and shift before the feed-forward.
+            gate: of the feed-forward's result.
+            then: scale and shift of the norm that follows the layer.
+        """
+        y = self.linears["cross_attn.o"](y.flatten(-2))
+        x, h = self.kernels.gate_norm_modulate(x, y, None, *norm, self.eps)
+        y = self.linears["ffn.2"](F.gelu(self.linears["ffn.0"](h), approximate="tanh"))
+        return self.kernels.gate_norm_modulate(x, y, gate, *then, self.eps)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -167,6 +179,12 @@ def padding_biases(count: int, dtype: torch.dtype) -> list[float]:
 class StaticTransformer:
     """A stream's passes over its buffers.
 
+    Args:
+        kv: how keys and values are kept.
+        linear: makes the layers' linears.
+        kernels: what computes the small operations.
+        compiled: whether torch.compile makes what lies between attentions.
+
     Attributes:
         noise: [steps - 1, F, 16, h, w] float32, what is mixed back in after each step but the last.
         latents: [F, 16, h, w] float32, the block at work: noise at first, clean after the last step.
@@ -182,9 +200,11 @@ class StaticTransformer:
         video: VideoConfig,
         kv: KVKind = "model",
         linear: MakeLinear = plain_linear,
+        kernels: Kernels = TORCH,
+        compiled: bool = False,
     ) -> None:
         config, device = model.config, model.device
-        self.model, self.stream = model, stream
+        self.model, self.stream, self.kernels = model, stream, kernels
         schedule = Schedule.from_config(stream)
         self.sigmas = [schedule.sigma_at(step) for step in schedule.steps]
         self.rows, self.columns = video.latent_height // PATCH, video.latent_width // PATCH
@@ -207,7 +227,7 @@ class StaticTransformer:
         self.turn = Rotation(torch.zeros(angles, device=device), torch.zeros(angles, device=device))
         self.sink_turn = Rotation(*(t[: stream.sink * video.frame_tokens].clone() for t in self.turn))
         self.slots = torch.zeros(stream.window_blocks, dtype=torch.int64, device=device)
-        self._bake((*schedule.steps, float(stream.context_noise)), linear)
+        self._bake((*schedule.steps, float(stream.context_noise)), linear, compiled)
 
     def buffers(self) -> list[Tensor]:
         """All memory that passes read or write besides weights; it never moves."""
@@ -231,14 +251,17 @@ class StaticTransformer:
         return len(self.sigmas)
 
     @torch.no_grad()
-    def _bake(self, timesteps: tuple[float, ...], linear: MakeLinear) -> None:
+    def _bake(self, timesteps: tuple[float, ...], linear: MakeLinear, compiled: bool) -> None:
         """What follows from a timestep alone, for all that occur."""
         model = self.model
         embedded = [timestep_embedding(t, model.config.freq_dim, model.device) for t in timesteps]
         time = model.time_embedding(torch.stack(embedded).to(model.dtype))
         projected = model.time_projection(time).unflatten(-1, (6, -1))
-        attend = model.attention.attend
-        self.layers = [StaticLayer(i, layer, projected, attend, linear) for i, layer in enumerate(model.blocks)]
+        self.attend = model.attention.attend
+        self.layers = [
+            StaticLayer(index, layer, projected, linear, self.kernels, compiled)
+            for index, layer in enumerate(model.blocks)
+        ]
         self.head_modulation = model.head.modulation[0].float() + time.float()[:, None]
         self.head_modulation[:, 1] += 1
         self.patch_weight = model.patch_embedding.weight.flatten(1)
@@ -253,9 +276,7 @@ class StaticTransformer:
 
     def flow(self, time: int, shape: Shape) -> Tensor:
         """The flow of the block in `latents`, [F, 16, h, w] float32; leaves its keys and values in the store."""
-        x = self._layers(self.latents, time, shape, to_the_end=True)
-        shift, scale = self.head_modulation[time]
-        y = self.model.head.head(norm_modulate(x, scale, shift, self.model.head.norm.eps))
+        y = self.model.head.head(self._layers(self.latents, time, shape, to_the_end=True))
         return unpatchified(y, len(self.latents), self.rows, self.columns).float()
 
     def remember(self, shape: Shape) -> None:
@@ -265,20 +286,24 @@ class StaticTransformer:
         self._layers(latents, self.context, shape, to_the_end=False)
 
     def _layers(self, latents: Tensor, time: int, shape: Shape, *, to_the_end: bool) -> Tensor:
+        """All layers' keys and values, and to the end what the head takes: the normed stream, [tokens, dim]."""
         x = F.linear(patchified(latents).to(self.model.dtype), self.patch_weight, self.model.patch_embedding.bias)
         turn = Rotation(*(table[: len(x)] for table in self.turn))
-        slots = self.slots[: shape.blocks]
+        slots, keys = self.slots[: shape.blocks], slice(shape.text_keys)
+        modulations = [layer.modulation[time].unbind() for layer in self.layers]
+        norms = [(scale, shift) for shift, scale, *_ in (*modulations, self.head_modulation[time].unbind())]
+        h = self.kernels.norm_modulate(x, *norms[0], self.model.head.norm.eps)
         for index, layer in enumerate(self.layers):
-            q, k, raw_k, v = layer.queries_keys_values(x, time, turn)
-            self.store.write(index, slots, k, v)
-            if shape.sinks:
-                self.store.keep_sink(index, slots[: shape.sinks], raw_k[: shape.sinks * self.store.block_tokens])
+            kv = self.store.layers[index]
+            q = layer.ask_past(h, turn, kv, slots, shape.sinks)
             if not to_the_end and index + 1 == len(self.layers):
                 break
-            x = layer.attend(x, time, q, *self.store.visible(index, shape.visible))
-            keys = slice(shape.text_keys)
-            x = layer.finish(x, time, self.text.k[index, keys], self.text.v[index, keys], self.text.bias[:, keys])
-        return x
+            _, _, gate, shift, scale, gate2 = modulations[index]
+            seen = self.attend(q[None], *(part[None] for part in kv.visible(shape.visible)))[0]
+            x, q = layer.ask_prompt(x, seen, gate)
+            y = attention(q, self.text.k[index, keys], self.text.v[index, keys], self.text.bias[:, keys])
+            x, h = layer.finish(x, y, (scale, shift), gate2, norms[index + 1])
+        return h
 
 
 def patchified(latents: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The passes of a stream on the fast path: fills the static buffers, runs what was recorded for the shape at hand."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from configs.schema import PATCH, KVKind, StreamConfig, VideoConfig
 from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.graphs import Recorder, Replay, run_directly
+from workers.models.kernels import TORCH, Kernels
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
 from workers.models.passes import AfterPass, go_on, undo_for
@@ -24,8 +27,7 @@ class StaticPasses:
 
     Args:
         record: takes what a pass does once, returns how to do it again.
-        kv: how keys and values are kept.
-        linear: makes the layers' linears.
+        kv, linear, kernels, compiled: as of `StaticTransformer`.
     """
 
     def __init__(
@@ -37,9 +39,13 @@ class StaticPasses:
         record: Recorder = run_directly,
         kv: KVKind = "model",
         linear: MakeLinear = plain_linear,
+        kernels: Kernels = TORCH,
+        compiled: bool = False,
     ) -> None:
         self.model, self.stream = model, stream
-        self.static = StaticTransformer(model, stream, video, kv, linear)
+        self.static = StaticTransformer(model, stream, video, kv, linear, kernels, compiled)
+        self._compiled = compiled
+        self._compiling = partial(_compiling, stream) if compiled else nullcontext
         self._rows, self._columns = video.latent_height // PATCH, video.latent_width // PATCH
         self._on_pass = on_pass
         self._undo = undo_for(stream, self.static.store.touched_by)
@@ -92,6 +98,18 @@ class StaticPasses:
                     self._replay(kind, shape)
         if self.stream.sink and self.stream.rope == "relative":
             self._replay("move sink", None)
+        if self._compiled:
+            self._compile_all()
+
+    @torch.inference_mode()
+    def _compile_all(self) -> None:
+        """Runs a pass of each shape that is compiled anew; neither steps nor keys are among what a compilation sees."""
+        once: dict[tuple[bool, int, int], Replay] = {}
+        for (kind, shape), replay in self._recorded.items():
+            if shape is not None:
+                once[isinstance(kind, int), shape.blocks, shape.sinks] = replay
+        for replay in once.values():
+            replay()
 
     def _place(self, plan: CachePlan) -> Shape:
         """Writes where the inputs stand and go; moves the sink if it is not there yet."""
@@ -125,12 +143,22 @@ class StaticPasses:
 
     def _once(self, kind: str | int, shape: Shape | None) -> None:
         static = self.static
-        if shape is None:
-            static.store.move_sink(static.sink_turn)
-        elif isinstance(kind, int):
-            static.step(kind, shape)
-        else:
-            static.remember(shape)
+        with self._compiling():
+            if shape is None:
+                static.store.move_sink(static.sink_turn)
+            elif isinstance(kind, int):
+                static.step(kind, shape)
+            else:
+                static.remember(shape)
+
+
+@contextmanager
+def _compiling(stream: StreamConfig) -> Iterator[None]:
+    """Where torch.compile may be at work: every number of input blocks, and of the sink's among them, is a shape."""
+    shapes = torch._dynamo.config.patch(recompile_limit=8 + stream.window_blocks * (1 + stream.sink_blocks))
+    # In this process: a pool of compilers would be left when it ends.
+    with shapes, torch._inductor.config.patch(compile_threads=1):
+        yield
 
 
 def _fill(mine: Rotation, new: Rotation) -> None:
