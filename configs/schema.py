@@ -137,6 +137,7 @@ class FilesConfig(Part):
     )
     lora: tuple[str, ...] = ("longlive_models/models/lora.pt", "models/lora.pt", "lora.pt", "adapter_model.safetensors")
     vae: tuple[str, ...] = ("Wan2.1-T2V-1.3B/Wan2.1_VAE.pth", "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors")
+    tiny_vae: tuple[str, ...] = ("taew2_1.pth", "taew2_1.safetensors", "taehv/taew2_1.pth")
     text_encoder: tuple[str, ...] = (
         "Wan2.1-T2V-1.3B/models_t5_umt5-xxl-enc-bf16.pth",
         "models_t5_umt5-xxl-enc-bf16.pth",
@@ -146,7 +147,10 @@ class FilesConfig(Part):
 
 
 class ModelConfig(Part):
-    """The networks, their files, and how they are held in memory."""
+    """The networks, their files, and how they are held in memory.
+
+    `decoder: tiny` makes frames by TAEHV instead of the VAE's own decoder.
+    """
 
     path: Path | None = None
     random_weights: bool = False
@@ -154,6 +158,7 @@ class ModelConfig(Part):
     transformer: TransformerConfig
     text_encoder: TextEncoderConfig
     vae: VaeConfig
+    decoder: Literal["full", "tiny"] = "full"
     lora: LoraConfig | None = None
     files: FilesConfig = FilesConfig()
     generator: Literal["generator", "generator_ema"] = "generator"

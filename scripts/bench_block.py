@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from baseline import BaselinePasses, load_baseline
@@ -24,7 +23,7 @@ from configs.load import load_config
 from configs.schema import LATENT_CHANNELS, RuntimeConfig
 from workers.models.checkpoint import load_transformer, load_vae_decoder
 from workers.models.denoise import Rollout
-from workers.models.execution import choose_passes
+from workers.models.execution import choose_frame_stream, choose_passes
 from workers.models.noise import DrawnNoise
 from workers.models.passes import Passes, PlainPasses
 from workers.models.transformer import CausalWanTransformer
@@ -111,10 +110,11 @@ def _stream(config: RuntimeConfig, model: CausalWanTransformer, passes: Passes) 
 def decoders(config: RuntimeConfig) -> dict[str, Callable[[], object]]:
     """The VAE's decoder as it is run and the straightforward way, each a call that decodes a block."""
     device = torch.device(config.stage("vae_decoder").device or "cpu")
-    decoder = load_vae_decoder(config.model, device)
+    straightforward, stream = _straightforward(config, device), choose_frame_stream(config, device)
+    stream.record_all()
     return {
-        "VAE, straightforward": _decoder(config, _straightforward(config, device).decode, device),
-        "VAE": _decoder(config, partial(decoder.decode, cache=decoder.new_cache()), device),
+        "VAE, straightforward": _decoder(config, lambda latent: to_rgb8(straightforward.decode(latent[None])), device),
+        "VAE": _decoder(config, stream.decode, device),
     }
 
 
@@ -129,13 +129,13 @@ def _straightforward(config: RuntimeConfig, device: torch.device) -> BaselineVae
 def _decoder(
     config: RuntimeConfig, decode_latent: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[], object]:
-    shape = (1, LATENT_CHANNELS, config.video.latent_height, config.video.latent_width)
+    shape = (LATENT_CHANNELS, config.video.latent_height, config.video.latent_width)
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     @torch.inference_mode()
     def decode() -> None:
         for _ in range(config.stream.frames_per_block):
-            to_rgb8(decode_latent(latent))
+            decode_latent(latent)
 
     decode()
     decode()

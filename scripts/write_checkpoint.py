@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.load import as_yaml, load_config
 from configs.schema import LoraConfig, ModelConfig, RuntimeConfig
-from workers.models.checkpoint import shapes_of, text_encoder_shapes, vae_shapes
+from workers.models.checkpoint import shapes_of, text_encoder_shapes, tiny_vae_shapes, vae_shapes
 from workers.models.lora import lora_shapes
 from workers.models.prompt_text import POCKET_TOKENIZER
 from workers.models.random_weights import draw
@@ -43,6 +43,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     sharded: bool = False,
     bare: bool = False,
+    tiny: bool = False,
 ) -> None:
     """Writes transformer (three ways), LoRA, VAE, text encoder and tokenizer below `out`.
 
@@ -50,6 +51,7 @@ def write(
         seed: the files hold what `model.random_weights_seed` of the same number draws.
         sharded: the safetensors file in two, with an index.
         bare: transformer and LoRA as dicts of tensors, without the keys LongLive wraps them in.
+        tiny: the tiny VAE as well.
     """
     wan, longlive = out / "Wan2.1-T2V-1.3B", out / "longlive_models" / "models"
     for folder in (wan / "google", longlive):
@@ -61,6 +63,8 @@ def write(
     torch.save(base if bare else wrapped(base), longlive / "longlive_base.pt")
     torch.save(lora if bare else {"generator_lora": lora}, longlive / "lora.pt")
     torch.save(drawn(vae_shapes(model.vae), seed, dtype), wan / "Wan2.1_VAE.pth")
+    if tiny:
+        torch.save(drawn(tiny_vae_shapes(), seed, dtype), out / "taew2_1.pth")
     torch.save(drawn(text_encoder_shapes(encoder), seed, dtype), wan / "models_t5_umt5-xxl-enc-bf16.pth")
     if sharded:
         write_shards(base, wan)
@@ -91,9 +95,14 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, shards: int = 2) -
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def write_config(config: RuntimeConfig, out: Path, rank: int) -> None:
-    """The same configuration, with the folder's files and its LoRA."""
-    files = {"path": out.absolute(), "random_weights": False, "lora": LoraConfig(rank=rank, alpha=rank)}
+def write_config(config: RuntimeConfig, out: Path, rank: int, *, tiny: bool = False) -> None:
+    """The same configuration, with the folder's files, its LoRA and its decoder."""
+    files: dict[str, object] = {
+        "path": out.absolute(),
+        "random_weights": False,
+        "lora": LoraConfig(rank=rank, alpha=rank),
+    }
+    files |= {"decoder": "tiny"} if tiny else {}
     model = config.model.model_copy(update=files)
     (out / "config.yaml").write_text(as_yaml(config.model_copy(update={"model": model})), encoding="utf-8")
 
@@ -108,6 +117,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--sharded", action="store_true", help="the base transformer as two safetensors shards")
     parser.add_argument("--bare", action="store_true", help="no generator and generator_lora around the tensors")
+    parser.add_argument("--tiny", action="store_true", help="the tiny VAE as well, and a configuration that uses it")
     given = parser.parse_args()
     config = load_config(given.config)
     rank = given.rank or (config.model.lora.rank if config.model.lora else 4)
@@ -119,8 +129,9 @@ def main() -> None:
         dtype=getattr(torch, given.dtype),
         sharded=given.sharded,
         bare=given.bare,
+        tiny=given.tiny,
     )
-    write_config(config, given.out, rank)
+    write_config(config, given.out, rank, tiny=given.tiny)
 
 
 if __name__ == "__main__":

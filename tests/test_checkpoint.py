@@ -35,6 +35,7 @@ from ipc.errors import CheckpointError, ConfigError
 from workers.models.checkpoint import (
     check_files,
     load_text_encoder,
+    load_tiny_vae,
     load_tokenizer,
     load_transformer,
     load_vae_decoder,
@@ -279,3 +280,13 @@ def test_the_written_configuration_is_that_of_its_folder(tmp_path: Path, monkeyp
     with_lora, without = weights(model), weights(model.model_copy(update={"lora": None}))
     assert with_lora.keys() == without.keys()
     assert not equal(with_lora, without)
+
+
+def test_the_tiny_vae_is_written_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["write_checkpoint.py", "--out", str(tmp_path), "--tiny"])
+    SCRIPT["main"]()
+    model = load_config(str(tmp_path / "config.yaml")).model
+    assert model.decoder == "tiny"
+    check_files(model)
+    drawn = model.model_copy(update={"path": None, "random_weights": True})
+    assert equal(load_tiny_vae(model, CPU).state_dict(), load_tiny_vae(drawn, CPU).state_dict())

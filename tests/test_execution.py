@@ -5,17 +5,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stream_case import tiny_transformer
+from stream_case import CPU, tiny_transformer
 
 from configs.load import load_config
 from configs.schema import KernelsKind
 from ipc.errors import ConfigError
-from workers.models.execution import choose_kernels, choose_passes
+from workers.models.checkpoint import load_vae_decoder
+from workers.models.execution import choose_frame_stream, choose_kernels, choose_passes, choose_recorder
 from workers.models.graphs import run_directly
 from workers.models.kernels import TORCH
 from workers.models.kv_store import QuantisedKVStore
 from workers.models.passes import PlainPasses
 from workers.models.static_passes import StaticPasses
+from workers.models.vae import to_rgb8
 
 
 def test_the_default_is_the_fast_path() -> None:
@@ -91,3 +93,20 @@ def test_what_cannot_be_is_refused(wanted: str) -> None:
     setting = f"execution.{wanted.replace(': ', '=')}"
     with pytest.raises(ConfigError, match=f"{wanted} needs denoiser: static, found denoiser: plain"):
         load_config("pocket", ["execution.denoiser=plain", setting])
+
+
+def test_nothing_is_recorded_but_on_a_gpu_that_may() -> None:
+    assert choose_recorder(load_config("pocket"), torch.device("cpu")) is run_directly
+    assert choose_recorder(load_config("pocket", ["execution.graphs=false"]), torch.device("cuda:0")) is run_directly
+
+
+def test_the_decoder_stage_has_the_fast_path() -> None:
+    """With the embedded weights it makes the frames of the plain way, but for rounding in bfloat16."""
+    config = load_config("pocket")
+    stream, plain = choose_frame_stream(config, CPU), load_vae_decoder(config.model, CPU, "plain")
+    latents = torch.randn(3, 1, 16, 12, 20, generator=torch.Generator().manual_seed(0))
+    cache = plain.new_cache()
+    with torch.inference_mode():
+        for latent in latents:
+            off = stream.decode(latent[0]).float() - to_rgb8(plain.decode(latent, cache))[0].float()
+            assert off.abs().mean() < 0.5

@@ -1,4 +1,4 @@
-"""The VAE decoder stage: owns the decoder and its temporal cache; turns a block's latents into frames.
+"""The VAE decoder stage: owns the decoder and its stream; turns a block's latents into frames.
 
 A latent frame at a time, so that the first frames of a block leave before the block is done. It knows nothing of
 prompts, steps or playout; a free slot says that pixels have a place.
@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from configs.schema import TEMPORAL_STRIDE, RuntimeConfig, StageName
+from configs.schema import LATENT_CHANNELS, TEMPORAL_STRIDE, RuntimeConfig, StageName
 from ipc.messages import BlockDone, EndOfStream, FramesReady, LatentsReady, Message, RingExported
 from ipc.tensor_ring import Slots
 from workers.latents_source import LatentsSource
-from workers.models.checkpoint import load_vae_decoder
-from workers.models.vae import to_rgb8
+from workers.models.execution import choose_frame_stream
 from workers.ports import RingReader, RingWriter, Send
 from workers.stage import IDLE_WAIT_S
 
@@ -61,21 +60,21 @@ class VaeDecoderStage:
 
     def load(self) -> None:
         """The decoder onto its device. Raises UserError."""
-        self._decoder = load_vae_decoder(self._config.model, self._device)
-        self._cache = self._decoder.new_cache()
+        self._stream = choose_frame_stream(self._config, self._device)
 
-    @torch.inference_mode()
     def warm_up(self) -> float:
-        """Milliseconds of a block that is not the first, on scratch state."""
+        """Milliseconds of a block that is not the first; the stream begins afresh afterwards."""
         video, per_block = self._config.video, self._config.stream.frames_per_block
-        cache = self._decoder.new_cache()
-        latent = torch.zeros(1, 16, video.latent_height, video.latent_width, device=self._device)
-        self._decoder.decode(latent, cache)
-        to_rgb8(self._decoder.decode(latent, cache)).cpu()
+        latent = torch.zeros(LATENT_CHANNELS, video.latent_height, video.latent_width, device=self._device)
+        self._stream.record_all()
+        self._stream.decode(latent)
+        self._stream.decode(latent).cpu()
         began = time.monotonic_ns()
         for _ in range(per_block):
-            to_rgb8(self._decoder.decode(latent, cache)).cpu()
-        return (time.monotonic_ns() - began) / 1e6
+            self._stream.decode(latent).cpu()
+        elapsed_ms = (time.monotonic_ns() - began) / 1e6
+        self._stream.begin()
+        return elapsed_ms
 
     def receive(self, message: Message) -> None:
         """Opens exported memory and notes the end of the stream; other messages only wake."""
@@ -116,13 +115,12 @@ class VaeDecoderStage:
             torch.cuda.current_stream(self._device).synchronize()
         self._latents.release(taken)
         if message.fresh:
-            self._cache = self._decoder.new_cache()
+            self._stream.begin()
         return BlockInWork(message, own, index=0, began_ns=began)
 
-    @torch.inference_mode()
     def _decode(self, slot: int, work: BlockInWork) -> None:
         message, index = work.message, work.index
-        pixels = to_rgb8(self._decoder.decode(work.latents[None, index], self._cache))[0]
+        pixels = self._stream.decode(work.latents[index])
         count = len(pixels)
         self._frames_slots.tensor(slot)[:count].copy_(pixels, non_blocking=True)
         self._frames.publish(

@@ -3,9 +3,8 @@
 Frames are the batch and channels come last: T frames of B videos are [T * B, H, W, C], time first. A causal
 convolution sees the frames before its first through a cache that the caller keeps. Knows no latents and no decoder.
 
-Three ways to the same sum: `plain` is `conv3d`, the definition; `stacked` is one `conv2d` over the time taps side by
-side in channels, which is many times faster in float32 on a CPU; `direct` is `conv3d` over memory in which past frames
-and new ones already lie next to each other, channels last, which is the fastest in bfloat16 there.
+Two ways to the same sum: `plain` is `conv3d`, the definition; `stacked` is one `conv2d` over the time taps side by side
+in channels, which is many times faster in float32 on a CPU. `static_conv.py` has faster ones for a stream.
 """
 
 from typing import Literal
@@ -14,17 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ConvKind = Literal["plain", "stacked", "direct"]
+ConvKind = Literal["plain", "stacked"]
 Cache = dict[int, Tensor]
-"""Last input frames of every causal convolution, by its number, [(kernel - 1) * B, H, W, C]; for `direct` with room for
-the new ones behind them, memory that stays from call to call."""
+"""Last input frames of every causal convolution, by its number, [(kernel - 1) * B, H, W, C]."""
 SMALLEST_SQUARE = 1e-24
 """Added to a mean of squares: the square of the shortest length, 1e-12, in Wan 2.1 (wan/modules/vae.py)."""
-
-
-def fastest_kind(device: torch.device, dtype: torch.dtype) -> ConvKind:
-    """As measured on a CPU with AVX-512 BF16: there oneDNN's `conv3d` is fast in bfloat16 and slow in float32."""
-    return "direct" if device.type == "cpu" and dtype == torch.bfloat16 else "stacked"
 
 
 class CausalConv3d(nn.Module):
@@ -58,29 +51,10 @@ class CausalConv3d(nn.Module):
     def prepare(self) -> None:
         """Lays the weights out for `stacked` once; to be called after the last change of weights."""
         self._stacked = self._stack() if self.kind == "stacked" else None
-        if self.kind == "direct":
-            self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last_3d)
-
-    def room(self, like: Tensor, cache: Cache, batch: int) -> Tensor:
-        """`direct`: where new frames of the shape of `like` [T * B, H, W, C] go, behind those that came before."""
-        past = (self.kernel[0] - 1) * batch
-        held = cache.get(self.number)
-        if held is None or len(held) != past + len(like):
-            room = like.new_zeros(past + len(like), *like.shape[1:])
-            if held is not None:
-                room[:past] = held[-past:]
-            cache[self.number] = room
-        else:
-            for frame in range(0, past, batch):
-                held[frame : frame + batch] = held[frame + len(like) : frame + len(like) + batch]
-        return cache[self.number][past:]
 
     def forward(self, x: Tensor, cache: Cache, batch: int) -> Tensor:
         """x [T * B, H, W, C] -> [T * B, H, W, C']; the frames that the next call needs are left in the cache."""
         past = (self.kernel[0] - 1) * batch
-        if past and self.kind == "direct":
-            self.room(x, cache, batch).copy_(x)
-            return self.taps(cache[self.number], batch)
         if past:
             before = cache.get(self.number)
             x = torch.cat([x.new_zeros(past, *x.shape[1:]) if before is None else before, x])
@@ -131,13 +105,6 @@ class ChannelNorm(nn.Module):
         gamma = self.gamma.flatten()
         return F.rms_norm(x, (len(gamma),), gamma, eps=SMALLEST_SQUARE)
 
-    def in_float32(self, x: Tensor) -> Tensor:
-        """[N, H, W, C] -> the same in float32; a product sums the squares, which is the fastest."""
-        wide = x.to(torch.float32, copy=True)
-        count = wide.shape[-1]
-        mean = ((wide * wide) @ wide.new_full((count, 1), 1 / count)).add_(SMALLEST_SQUARE)
-        return wide.mul_(mean.rsqrt_()).mul_(self.gamma.flatten())
-
 
 class ResidualBlock(nn.Module):
     """Two norm, SiLU, convolution; beside them the input, through a 1x1x1 convolution where widths differ."""
@@ -160,17 +127,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cache: Cache, batch: int) -> Tensor:
         out = x if self.shortcut is None else self.shortcut(x, cache, batch)
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
-        y = activated(x, norm1, conv1, cache, batch)
-        return out + activated(y, norm2, conv2, cache, batch)
-
-
-def activated(x: Tensor, norm: "ChannelNorm", conv: CausalConv3d, cache: Cache, batch: int) -> Tensor:
-    """Norm, SiLU, convolution; x and the result [T * B, H, W, C]."""
-    if conv.kind != "direct":
-        return conv(F.silu(norm(x)), cache, batch)
-    room = conv.room(x, cache, batch)
-    room.copy_(F.silu(norm.in_float32(x), inplace=True))
-    return conv.taps(cache[conv.number], batch)
+        y = conv1(F.silu(norm1(x)), cache, batch)
+        return out + conv2(F.silu(norm2(y)), cache, batch)
 
 
 class FrameAttention(nn.Module):

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from configs.schema import LoraConfig, ModelConfig, VaeConfig
 from ipc.errors import ConfigError
-from workers.models.causal_conv import ConvKind, fastest_kind
+from workers.models.causal_conv import ConvKind
 from workers.models.random_weights import DrawnTensors
 from workers.models.tensor_file import TensorFile, damaged, open_tensors, shown
+from workers.models.tiny_vae import TinyVae, tiny_encoder_shapes
 from workers.models.transformer import CausalWanTransformer, Layer
 from workers.models.vae import VaeDecoder
 from workers.models.vae_encoder import VaeEncoder
@@ -66,15 +67,22 @@ def load_adapter(model: ModelConfig, transformer: CausalWanTransformer) -> list[
     return [_layer_adapter(adapter, f"blocks.{index}.", transformer.device) for index in layers]
 
 
-def load_vae_decoder(model: ModelConfig, device: torch.device, conv: ConvKind | None = None) -> VaeDecoder:
-    """The VAE's decoder in `model.vae_dtype`, by the fastest convolution there. Raises CheckpointError, ConfigError."""
-    kind = conv or fastest_kind(device, getattr(torch, model.vae_dtype))
-    return _vae_part(_on_meta(lambda: VaeDecoder(model.vae, kind)), model, device).prepare()
+def load_vae_decoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeDecoder:
+    """The VAE's decoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
+    return _vae_part(_on_meta(lambda: VaeDecoder(model.vae, conv)), model, device).prepare()
 
 
 def load_vae_encoder(model: ModelConfig, device: torch.device, conv: ConvKind = "stacked") -> VaeEncoder:
     """The VAE's encoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
     return _vae_part(_on_meta(lambda: VaeEncoder(model.vae, conv)), model, device).prepare()
+
+
+def load_tiny_vae(model: ModelConfig, device: torch.device) -> TinyVae:
+    """TAEHV's decoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
+    vae = _on_meta(TinyVae)
+    file = _file(model, "tiny VAE", model.files.tiny_vae, tiny_vae_shapes())
+    _give(vae, file, shapes_of(vae), device, getattr(torch, model.vae_dtype))
+    return _ready(vae).prepare()
 
 
 def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder":
@@ -111,7 +119,10 @@ def check_files(model: ModelConfig) -> None:
     find(model.path, model.files.transformer, "transformer")
     if model.lora is not None:
         find(model.path, model.files.lora, "LoRA")
-    find(model.path, model.files.vae, "VAE")
+    if model.decoder == "full":
+        find(model.path, model.files.vae, "VAE")
+    else:
+        find(model.path, model.files.tiny_vae, "tiny VAE")
     find(model.path, model.files.text_encoder, "text encoder")
     _tokenizer_folder(model)
 
@@ -143,6 +154,11 @@ def text_encoder_shapes(encoder: "TextEncoder") -> dict[str, tuple[int, ...]]:
 def vae_shapes(config: VaeConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the VAE's file, which holds encoder and decoder."""
     return _on_meta(lambda: shapes_of(VaeEncoder(config)) | shapes_of(VaeDecoder(config)))
+
+
+def tiny_vae_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of taew2_1.pth, which holds encoder and decoder."""
+    return tiny_encoder_shapes() | shapes_of(_on_meta(TinyVae))
 
 
 def check(file: TensorFile, expected: Shapes, hint: str = HINT) -> None:

@@ -9,11 +9,15 @@ import torch
 from configs.schema import KernelsKind, RuntimeConfig, TransformerConfig
 from workers.models.attention import AttentionSize, choose_attention
 from workers.models.audit import Audit
+from workers.models.checkpoint import load_tiny_vae, load_vae_decoder
 from workers.models.fp8 import Fp8Linears, choose_multiply
-from workers.models.graphs import CudaGraphs, run_directly
+from workers.models.frame_stream import FrameDecoder, FrameStream
+from workers.models.graphs import CudaGraphs, Recorder, run_directly
 from workers.models.kernels import TORCH, Kernels
 from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
 from workers.models.static_passes import StaticPasses
+from workers.models.static_vae import StaticVae
+from workers.models.tiny_vae import StaticTinyVae
 from workers.models.transformer import CausalWanTransformer
 
 Say = Callable[[str], None]
@@ -43,7 +47,7 @@ def choose_passes(
     execution = config.execution
     if execution.denoiser == "plain":
         return PlainPasses(model, config.stream, config.video, on_pass)
-    record = CudaGraphs(model.device) if execution.graphs and model.device.type == "cuda" else run_directly
+    record = choose_recorder(config, model.device)
     if execution.audit:
         record = Audit(record, model.device)
     kernels = choose_kernels(execution.kernels, model.device, say)
@@ -88,3 +92,19 @@ def choose_kernels(kind: KernelsKind, device: torch.device, say: Say = lambda li
 
     say("kernels by triton")
     return TRITON
+
+
+def choose_frame_stream(config: RuntimeConfig, device: torch.device) -> FrameStream:
+    """The decoder of latents on a device, as `model.decoder` says. Raises CheckpointError, ConfigError."""
+    size = (config.video.latent_height, config.video.latent_width)
+    decoder: FrameDecoder
+    if config.model.decoder == "tiny":
+        decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
+    else:
+        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size)
+    return FrameStream(decoder, config.video, device, choose_recorder(config, device))
+
+
+def choose_recorder(config: RuntimeConfig, device: torch.device) -> Recorder:
+    """CUDA graphs on a GPU, unless `execution.graphs` says no."""
+    return CudaGraphs(device) if config.execution.graphs and device.type == "cuda" else run_directly

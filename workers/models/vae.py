@@ -17,7 +17,6 @@ from workers.models.causal_conv import (
     FrameAttention,
     Numbers,
     ResidualBlock,
-    activated,
     prepare,
 )
 
@@ -42,7 +41,7 @@ class Upsample(nn.Module):
     def _more_frames(self, x: Tensor, cache: Cache, batch: int, conv: CausalConv3d) -> Tensor:
         """Two frames for each, but one for the first of a stream, which later frames do not see either."""
         if conv.number not in cache:
-            cache[conv.number] = torch.zeros_like(x).repeat(conv.kernel[0] - 1, 1, 1, 1)  # for `direct` without room
+            cache[conv.number] = torch.zeros_like(x).repeat(conv.kernel[0] - 1, 1, 1, 1)
             return x
         pairs = conv(x, cache, batch).unflatten(-1, (2, -1)).unflatten(0, (-1, batch))
         return pairs.permute(0, 4, 1, 2, 3, 5).flatten(0, 2)
@@ -85,15 +84,15 @@ class Decoder(nn.Module):
         x = self.conv1(x, cache, batch)
         for part in (*self.middle, *self.upsamples):
             x = part(x, cache, batch)
-        norm, _, conv = self.head
-        return activated(x, norm, conv, cache, batch)
+        norm, silu, conv = self.head
+        return conv(silu(norm(x)), cache, batch)
 
 
 class VaeDecoder(nn.Module):
     """Decodes a stream of latents.
 
     Args:
-        conv: `plain` is the definition, `stacked` and `direct` are the fast ways.
+        conv: `plain` is the definition, `stacked` a faster way.
     """
 
     def __init__(self, config: VaeConfig, conv: ConvKind = "stacked") -> None:
@@ -107,7 +106,7 @@ class VaeDecoder(nn.Module):
     def prepare(self) -> "VaeDecoder":
         """Lays weights and constants out for speed; once, after the weights are loaded and where they stay."""
         prepare(self)
-        self._mean_std = self._statistics()
+        self._mean_std = self.statistics()
         return self
 
     def new_cache(self) -> Cache:
@@ -131,10 +130,10 @@ class VaeDecoder(nn.Module):
 
     def _denormalised(self, latent: Tensor) -> Tensor:
         weight = self.conv2.weight
-        mean, std = self._mean_std if self._mean_std is not None else self._statistics()
+        mean, std = self._mean_std if self._mean_std is not None else self.statistics()
         return (latent.to(weight.device, torch.float32) * std + mean).to(weight.dtype)
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
+    def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation, [16, 1, 1] float32; made once, for a copy to a GPU waits for the GPU."""
         values = torch.tensor((self.config.latents_mean, self.config.latents_std), device=self.conv2.weight.device)
         mean, std = values[:, :, None, None]
