@@ -7,17 +7,18 @@ import difflib
 import os
 import re
 import types
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import RuntimeConfig
+from configs.schema import Preset, RuntimeConfig
 from ipc.errors import ConfigError
 
 SHIPPED = Path(__file__).parent
+PRESETS = SHIPPED / "presets"
 LONGEST_SHOWN = 60
 """Characters of a wrong value that an error line repeats."""
 
@@ -40,12 +41,27 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
+def preset_names() -> list[str]:
+    """Names of the presets that come with the program."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str) -> Preset:
+    """A shipped preset. Raises ConfigError."""
+    names = preset_names()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise _error(f"preset {_shown(name)}: {hint}known are {', '.join(names)}")
+    return Preset.model_validate(_read_mapping(PRESETS / f"{name}.yaml"))
+
+
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RuntimeConfig:
-    """The checked configuration of a run.
+    """The checked configuration of a run: the file, over it the changes of its `preset`, over these the overrides.
 
     Args:
         name_or_path: a shipped name, or the path of a YAML file.
-        overrides: `part.key=value`, the value in YAML; a missing part is created.
+        overrides: `part.key=value`, the value in YAML; a missing part is created. `preset=NAME` names the preset.
 
     Raises:
         ConfigError: one line; what, where, found, expected.
@@ -53,7 +69,12 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RuntimeConf
     path = _config_file(name_or_path)
     tree = _read_mapping(path)
     _place_weights(tree, path.parent)
-    for override in overrides:
+    own, changes = _partition(overrides, lambda text: text.partition("=")[0].strip() == "preset")
+    for override in own:
+        _apply(tree, override)
+    if isinstance(tree.get("preset"), str):
+        _merge(tree, load_preset(tree["preset"]).changes)
+    for override in changes:
         _apply(tree, override)
     try:
         config = RuntimeConfig.model_validate(tree)
@@ -63,8 +84,10 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RuntimeConf
 
 
 def as_yaml(config: RuntimeConfig) -> str:
-    """The whole configuration as YAML that `load_config` reads back."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The whole configuration as YAML that `load_config` reads back; what a preset changed is in it already."""
+    text: str = yaml.safe_dump(
+        config.model_dump(mode="json", exclude={"preset"}), sort_keys=False, allow_unicode=True, width=120
+    )
     return text
 
 
@@ -178,6 +201,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         part[name] = dict(below or {})
         part = part[name]
     part[parts[-1]] = value
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Puts the changes over a tree, part by part."""
+    for name, value in changes.items():
+        if isinstance(value, dict):
+            below = tree.get(name)
+            tree[name] = dict(below) if isinstance(below, dict) else {}
+            _merge(tree[name], value)
+        else:
+            tree[name] = value
+
+
+def _partition(texts: Sequence[str], belongs: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Those that belong, and the others."""
+    return [text for text in texts if belongs(text)], [text for text in texts if not belongs(text)]
 
 
 def _causes(override: str, key: str, message: str) -> bool:

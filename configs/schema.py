@@ -6,7 +6,7 @@ word that the stage that owns the tensors resolves.
 
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -385,10 +385,25 @@ class ExecutionConfig(Part):
         return self
 
 
+class Preset(Part):
+    """Changes to a configuration that belong together.
+
+    Attributes:
+        about: what it is for, and what it changes.
+        exact: whether it computes what the configuration computes without it, up to rounding in the same dtypes.
+        changes: keys of `RuntimeConfig`, part by part.
+    """
+
+    about: str
+    exact: bool
+    changes: dict[str, Any]
+
+
 class RuntimeConfig(Part):
-    """A whole run."""
+    """A whole run. `preset` names the preset whose changes are in it."""
 
     name: str
+    preset: str | None = None
     prompt: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     placement: Literal["process", "thread"] = "process"

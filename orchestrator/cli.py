@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import typer
 from pydantic import ValidationError
 
-from configs.load import as_yaml, load_config
+from configs.load import as_yaml, load_config, load_preset, preset_names
 from configs.schema import RuntimeConfig
 from ipc.errors import InputError, LongLiveError, Refused, UserError
 from ipc.messages import Applied, Superseded
@@ -51,6 +51,10 @@ ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped nam
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set stream.window=12. Repeatable."),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(help=f"Changes that belong together: {', '.join(preset_names())}. --set comes on top."),
 ]
 SeedOption = Annotated[int | None, typer.Option(min=0, max=MOST, help="Seed of the noise.")]
 OutOption = Annotated[
@@ -91,6 +95,7 @@ def start(
         typer.Option(help="live plays at the video's rate, free as fast as it comes."),
     ] = None,
     ffmpeg: FfmpegOption = None,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     log: Annotated[Path | None, typer.Option(help="File for the workers' log; else standard error.")] = None,
 ) -> None:
@@ -106,7 +111,7 @@ def start(
 
     orchestrator start --config longlive-1.3b --set model.path=~/LongLive --out rtmp://localhost/live/key
     """
-    options = RunOptions(config, overrides or (), prompt, seed, out or (), pace, ffmpeg)
+    options = RunOptions(config, _settings(preset, overrides), prompt, seed, out or (), pace, ffmpeg)
     resolved = prepare_config(options)
     plan = live_plan(resolved, seconds, log)
     with RunDirectory.open(locate()) as directory:
@@ -132,6 +137,7 @@ def generate(
     seed: SeedOption = None,
     config: ConfigOption = "pocket",
     ffmpeg: FfmpegOption = None,
+    preset: PresetOption = None,
     overrides: SetOption = None,
     inputs: Annotated[
         Path | None, typer.Option(help="Safetensors with noise or embeddings to use instead of drawn ones.")
@@ -149,11 +155,11 @@ def generate(
     """
     if not out:
         raise InputError("--out: found nothing, expected a target such as video.mp4")
-    overrides = overrides or []
-    paced = any(override.partition("=")[0].strip() == "output.pace" for override in overrides)
+    settings = _settings(preset, overrides)
+    paced = any(setting.partition("=")[0].strip() == "output.pace" for setting in settings)
     texts = prompts_of(prompts, line)
     switches = parse_switch_frames(switch_frames)
-    options = RunOptions(config, overrides, texts[0], seed, out, None if paced else "free", ffmpeg)
+    options = RunOptions(config, settings, texts[0], seed, out, None if paced else "free", ffmpeg)
     resolved = prepare_config(options)
     plan = file_plan(resolved, texts, switches, checked_length(resolved, seconds, blocks), inputs, dump_latents)
     with RunDirectory.temporary() as directory:
@@ -215,9 +221,22 @@ def version() -> None:
 
 
 @config_app.command()
-def show(config: ConfigOption = "pocket", overrides: SetOption = None) -> None:
+def show(config: ConfigOption = "pocket", preset: PresetOption = None, overrides: SetOption = None) -> None:
     """Print a configuration with all defaults and changes, as YAML that --config reads back."""
-    typer.echo(as_yaml(load_config(config, overrides or ())), nl=False)
+    typer.echo(as_yaml(load_config(config, _settings(preset, overrides))), nl=False)
+
+
+@config_app.command()
+def presets() -> None:
+    """Print the presets: name, whether it is exact, what it is for."""
+    for name in preset_names():
+        preset = load_preset(name)
+        typer.echo(f"{name:<11} {'exact' if preset.exact else 'not exact':<10} {preset.about}")
+
+
+def _settings(preset: str | None, overrides: Sequence[str] | None) -> list[str]:
+    """Changes to the configuration, the preset's first."""
+    return [*([] if preset is None else [f"preset={preset}"]), *(overrides or ())]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
