@@ -72,7 +72,7 @@ MISTAKES = {
     "window=3": ["did you mean stream.window?"],
     "pace=free": ["unknown key pace", "did you mean output.pace?"],
     "stages.denoser.threads=1": ["unknown key stages.denoser", "did you mean stages.denoiser?", "--set"],
-    "zzzz=1": ["unknown key zzzz", "known here are name, prompt, seed"],
+    "zzzz=1": ["unknown key zzzz", "known here are name, preset, prompt, seed"],
     "stream.zzzz=1": ["unknown key stream.zzzz", "known here are frames_per_block, window"],
     "stream.window=11": ["--set stream.window=11", "multiple of frames_per_block 3, found 11"],
     "stream.sink=12": ["window 12 must hold sink 12"],
