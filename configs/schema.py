@@ -357,10 +357,13 @@ class ExecutionConfig(Part):
     linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`. `audit` is for finding
     bugs: it ends the denoiser when a pass of the fast path reads a value back or keeps memory. `kernels` says what
     computes its small operations; `compile` has torch.compile make what lies between its attentions.
+    `native` compiles the VAE decoder's small operations at start, where it decodes in one thread of a CPU with AVX-512
+    and there is a compiler.
     """
 
     denoiser: Execution = "static"
     graphs: bool = True
+    native: bool = True
     kv: KVKind = "model"
     linears: LinearKind = "model"
     fp8_keep: tuple[str, ...] = ()

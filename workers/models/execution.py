@@ -14,6 +14,7 @@ from workers.models.fp8 import Fp8Linears, choose_multiply
 from workers.models.frame_stream import FrameDecoder, FrameStream
 from workers.models.graphs import CudaGraphs, Recorder, run_directly
 from workers.models.kernels import TORCH, Kernels
+from workers.models.native import Native, compiled
 from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
 from workers.models.static_passes import StaticPasses
 from workers.models.static_vae import StaticVae
@@ -101,8 +102,14 @@ def choose_frame_stream(config: RuntimeConfig, device: torch.device) -> FrameStr
     if config.model.decoder == "tiny":
         decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
     else:
-        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size)
+        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, choose_native(config, device))
     return FrameStream(decoder, config.video, device, choose_recorder(config, device))
+
+
+def choose_native(config: RuntimeConfig, device: torch.device) -> Native | None:
+    """Compiled operations for a single thread of a CPU, unless `execution.native` says no."""
+    wanted = config.execution.native and device.type == "cpu" and torch.get_num_threads() == 1
+    return compiled() if wanted else None
 
 
 def choose_recorder(config: RuntimeConfig, device: torch.device) -> Recorder:

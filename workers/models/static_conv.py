@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from workers.models.causal_conv import SMALLEST_SQUARE, ChannelNorm
-from workers.models.winograd import POINTS, WinogradConv, part_of
+from workers.models.native import DTYPES, Native
+from workers.models.winograd import POINTS, NativeWinogradConv, WinogradConv, part_of
 
 PAST = 2
 """Frames before its own that a causal convolution sees."""
@@ -35,12 +36,13 @@ class Work:
             All empty on a GPU, where temporaries are the allocator's and the graphs'.
     """
 
-    def __init__(self, like: Tensor, largest: int) -> None:
+    def __init__(self, like: Tensor, largest: int, native: Native | None = None) -> None:
+        self.native = native if like.dtype in DTYPES and like.device.type == "cpu" else None
         self.device, self.dtype = like.device, like.dtype
         self.between = torch.float32 if self.on_cpu else like.dtype
         largest = largest if self.on_cpu else 0
         self.new, self.room = self.zeros(largest), self.zeros(3 * largest)
-        self.narrow = self.zeros(largest, dtype=self.dtype)
+        self.narrow = self.zeros(2 * largest, dtype=self.dtype)
 
     @property
     def on_cpu(self) -> bool:
@@ -77,10 +79,13 @@ class StaticConv:
         size = (*shape[1:], weight.shape[1])
         self._work, self._bias = work, bias
         self._padding = (weight.shape[3] // 2, weight.shape[4] // 2)
-        self._winograd: WinogradConv | None = None
+        self._winograd: WinogradConv | NativeWinogradConv | None = None
         if work.on_cpu and shape[0] in POINTS and weight.shape[3] > 1:
             self.past, self.new = work.zeros(PAST, *size), part_of(work.new, shape[0], *size)
-            self._winograd = WinogradConv(weight, bias, self.past, self.new, work.narrow, work.room)
+            if work.native is None:
+                self._winograd = WinogradConv(weight, bias, self.past, self.new, work.narrow, work.room)
+            else:
+                self._winograd = NativeWinogradConv(work.native, weight, bias, self.past, shape[0], work.narrow)
             self._out = part_of(work.new, *shape, len(weight))
         else:
             self._seen = work.zeros(PAST + shape[0], *size, dtype=work.dtype)
@@ -90,6 +95,13 @@ class StaticConv:
         else:
             beside = weight.transpose(1, 2).flatten(1, 2)
             self._weight = beside.contiguous(memory_format=torch.channels_last)
+
+    def take(self, x: Tensor, activation: "Activation") -> None:
+        """Norm and SiLU of x [count, H, W, C] are the next input."""
+        if isinstance(self._winograd, NativeWinogradConv) and len(x) == len(self.new):
+            self._winograd.take(x, activation.gamma)
+        else:
+            activation.into(self.new[: len(x)], x)
 
     def __call__(self, count: int) -> Tensor:
         """The output of `count` new frames, [count, H, W, C']; any later part may overwrite it."""
@@ -133,15 +145,17 @@ class Activation:
 
     def __init__(self, norm: ChannelNorm, work: Work) -> None:
         self._work = work
-        self._gamma = norm.gamma.flatten().to(work.between)
-        self._mean = work.zeros(len(self._gamma), 1) + 1 / len(self._gamma)
+        self.gamma = norm.gamma.flatten().to(work.between)
+        self._mean = work.zeros(len(self.gamma), 1) + 1 / len(self.gamma)
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """x [T, H, W, C] -> out, the same shape."""
-        if self._work.on_cpu:
+        if self._work.native is not None:
+            self._work.native.activate(x, self.gamma, out)
+        elif self._work.on_cpu:
             self._in_float32(out, x)
         else:
-            out.copy_(F.silu(F.rms_norm(x, x.shape[-1:], self._gamma, SMALLEST_SQUARE)))
+            out.copy_(F.silu(F.rms_norm(x, x.shape[-1:], self.gamma, SMALLEST_SQUARE)))
 
     def _in_float32(self, out: Tensor, x: Tensor) -> None:
         """`rms_norm` would take five times as long on a CPU: here a product sums the squares."""
@@ -151,6 +165,6 @@ class Activation:
             x = y.copy_(x)
         mean = torch.mul(x, x, out=squares).flatten(0, 2) @ self._mean
         torch.mul(x, mean.add_(SMALLEST_SQUARE).rsqrt_().view(*x.shape[:3], 1), out=y)
-        F.silu(y.mul_(self._gamma), inplace=True)
+        F.silu(y.mul_(self.gamma), inplace=True)
         if y is not out:
             out.copy_(y)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.models.causal_conv import SMALLEST_SQUARE, CausalConv3d, ChannelNorm, FrameAttention, ResidualBlock
+from workers.models.native import Native
 from workers.models.static_conv import Activation, Shape, StaticConv, Work
 from workers.models.vae import Upsample, VaeDecoder
 
@@ -45,8 +46,8 @@ class StaticResidual:
     def __call__(self, x: Tensor, *, first: bool) -> Tensor:
         count = len(x)
         out = x if self._shortcut is None else self._shortcut(x)
-        self._norm1.into(self._conv1.new[:count], x)
-        self._norm2.into(self._conv2.new[:count], self._conv1(count))
+        self._conv1.take(x, self._norm1)
+        self._conv2.take(self._conv1(count), self._norm2)
         self._conv2.add_to(out)
         return out
 
@@ -129,13 +130,13 @@ class StaticVae:
         height, width: of a latent frame.
     """
 
-    def __init__(self, decoder: VaeDecoder, height: int, width: int) -> None:
+    def __init__(self, decoder: VaeDecoder, height: int, width: int, native: Native | None = None) -> None:
         whole = decoder.decoder
         parts = [*whole.middle, *whole.upsamples]
         shapes: list[Shape] = [(1, height, width)]
         for part in parts:
             shapes.append(larger(part, shapes[-1]) if isinstance(part, Upsample) else shapes[-1])
-        self._work = work = Work(decoder.conv2.weight, _largest(parts, shapes))
+        self._work = work = Work(decoder.conv2.weight, _largest(parts, shapes), native)
         self._mean, self._std = decoder.statistics()
         self._conv2 = work.linear(decoder.conv2.weight, decoder.conv2.bias)
         self._conv1 = StaticConv(whole.conv1.weight, whole.conv1.bias, shapes[0], work)

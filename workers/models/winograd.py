@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from workers.models.native import Native
+
 LOW, HIGH = math.sqrt(0.5), math.sqrt(2.0)
 POINTS = {2: (1.0,), 4: (LOW, HIGH)}
 """Positive points, by the number of frames made at once."""
@@ -55,9 +57,7 @@ class WinogradConv:
 
     def __init__(self, weight: Tensor, bias: Tensor, past: Tensor, new: Tensor, narrow: Tensor, room: Tensor) -> None:
         count, shape = len(new), new.shape[1:]
-        factors = zip(tap_sums(weight, count), bias_parts(bias, count), strict=True)
-        nhwc = torch.channels_last
-        self._factors = [(w.to(weight.dtype).contiguous(memory_format=nhwc), b.to(weight.dtype)) for w, b in factors]
+        self._factors = factors_of(weight, bias, count)
         self._padding = (weight.shape[3] // 2, weight.shape[4] // 2)
         self._past, self._new = past, new
         self._sums = part_of(narrow, 2, *shape)
@@ -123,6 +123,44 @@ class WinogradConv:
         for image, (weight, bias) in zip(self._images, self._factors[number : number + 2], strict=True):
             made.append(F.conv2d(image, weight, bias, padding=self._padding).permute(0, 2, 3, 1)[0])
         return made
+
+
+class NativeWinogradConv:
+    """The same with norm and SiLU before it, in as few passes over memory as can be.
+
+    Args:
+        weight, bias, past: as of `WinogradConv`.
+        gamma: of the norm, [C] float32.
+        frames: 2 or 4.
+        narrow: flat memory of the weights' dtype, at least `frames` + 2 input frames; overwritten.
+    """
+
+    def __init__(self, native: Native, weight: Tensor, bias: Tensor, past: Tensor, frames: int, narrow: Tensor) -> None:
+        self._native = native
+        self._factors = factors_of(weight, bias, frames)
+        self._padding = (weight.shape[3] // 2, weight.shape[4] // 2)
+        self._past = past
+        self._sums = part_of(narrow, frames + 2, *past.shape[1:])
+        self._images = [image[None].permute(0, 3, 1, 2) for image in self._sums]
+
+    def take(self, x: Tensor, gamma: Tensor) -> None:
+        """x [frames, H, W, C] float32 is the next input, before the norm."""
+        self._native.spread(x, gamma, self._past, self._sums)
+
+    def write(self, y: Tensor, *, add: bool) -> None:
+        """Writes the output frames to y [frames, H, W, C'] float32, or adds them to it; y may be what was taken."""
+        products = []
+        for image, (weight, bias) in zip(self._images, self._factors, strict=True):
+            product = F.conv2d(image, weight, bias, padding=self._padding)
+            products.append(product.contiguous(memory_format=torch.channels_last))
+        self._native.gather(products, y, add=add)
+
+
+def factors_of(weight: Tensor, bias: Tensor, frames: int) -> list[tuple[Tensor, Tensor]]:
+    """Factor and bias of each product, in the dtype of the weights and laid out for `conv2d` over channels last."""
+    factors = zip(tap_sums(weight, frames), bias_parts(bias, frames), strict=True)
+    nhwc = torch.channels_last
+    return [(w.to(weight.dtype).contiguous(memory_format=nhwc), b.to(weight.dtype)) for w, b in factors]
 
 
 def part_of(memory: Tensor, *shape: int) -> Tensor:
