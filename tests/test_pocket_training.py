@@ -69,7 +69,8 @@ def test_a_stage_ends_with_its_minutes(tmp_path: Path) -> None:
 
 
 def test_changes_are_told_apart_by_where_they_are() -> None:
-    pixels = torch.zeros(1, 17, 3, 4, 4)
-    seams = torch.repeat_interleave(torch.arange(5) % 2, torch.tensor([1, 4, 4, 4, 4])).float()
-    at_edges, elsewhere = changes(pixels + seams[None, :, None, None, None], pixels)
-    assert (float(at_edges), float(elsewhere)) == (1.0, 0.0)
+    pixels = torch.zeros(2, 33, 3, 4, 4)
+    seams = torch.repeat_interleave(torch.arange(9) % 2, torch.tensor([1, *[4] * 8])).float()
+    made = pixels + torch.tensor([1.0, 2.0])[:, None, None, None, None] * seams[None, :, None, None, None]
+    at_edges, elsewhere = changes(made, pixels)
+    assert (at_edges.tolist(), elsewhere.tolist()) == ([1.0, 4.0], [0.0, 0.0])

@@ -6,6 +6,9 @@ around objects, small stars above all, and what counts beside their colours is w
 they are.
 """
 
+import math
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,10 +25,11 @@ from pocket.clips import Story, as_pixels, draw_frames, draw_story, smaller
 from pocket.masters import Masters
 from pocket.training import Training, steps
 from pocket.world import HEIGHT, MARGIN, WIDTH, Start
+from workers.models.vae import to_rgb8
 
-FRAMES = 17
-SETTLED = 8
-"""Changes at a clip's beginning that do not count: the decoder has no past there."""
+FRAMES, STILL_FRAMES = 17, 37
+SETTLED = 20
+"""Changes at the beginning of a clip that do not count: the decoder has little past there and is not steady yet."""
 CHANGE_WEIGHT = 60.0
 OBJECT_WEIGHT = 12.0
 """As in `pocket.autoencoder`, where it is 3."""
@@ -38,9 +42,11 @@ STAR_SHARE = 0.5
 """Small ones among them that are made stars."""
 PART, MARGIN_CELLS = 8, 1
 """Latents a side of a part of a picture around objects; those at its rim lack their surroundings and do not count."""
-STEERING = 0.03
-"""How fast the weight of changes at edges of latent frames follows their surplus over MEMORY of the past steps."""
-MEMORY = 0.97
+BALANCE_WEIGHT = 0.3
+LEAST_CHANGE = 1e-6
+STEERING = 0.04
+"""How fast what is asked for follows what is measured, at every MEASURED_EVERY steps."""
+MEASURED_EVERY = 20
 
 
 def train_decoder(run: Training, begin: Path | None = None) -> None:
@@ -55,31 +61,37 @@ def train_decoder(run: Training, begin: Path | None = None) -> None:
     model.to(run.device, torch.bfloat16)
     model.encoder.requires_grad_(False)
     masters = Masters({"decoder": model.decoder}, phase.rate, warm_up=20, decay=0.995)
-    clips, latents = _clips(run, model, run.recipe.decoder_clips)
-    edge_weight = 1.0
-    seen = torch.zeros(2)
+    rng, half = np.random.default_rng((run.seed, 20)), run.recipe.decoder_clips // 2
+    clips, latents = _clips(run, model, half, FRAMES, lambda: draw_story(rng, 3, 0.5))
+    still_clips, still_latents = _clips(run, model, half, STILL_FRAMES, lambda: _still(rng))
+    _, measured_latents = _clips(run, model, max(1, half // 5), STILL_FRAMES, lambda: _still(rng))
+    asked, ratio = 0.0, 1.0
     for step, progress in steps(run, "decoder", phase, masters):
-        moving = torch.randint(len(clips) // 2, (phase.batch,), device=clips.device) * 2
-        pixels, codes = around_objects(as_pixels(clips[moving]), latents[moving])
+        chosen = torch.randint(half, (phase.batch,), device=clips.device)
+        pixels, codes = around_objects(as_pixels(clips[chosen]), latents[chosen])
         made = model.decode(codes + 0.05 * torch.randn_like(codes)).float()
         made, pixels = (_inside(part) for part in (made, pixels))
         error, edges = error_of(made, pixels, OBJECT_WEIGHT)
         outline = outline_error(made, pixels)
         (error + 0.5 * edges + OUTLINE_WEIGHT * outline).backward()
-        still = torch.randint(len(clips) // 2, (max(1, phase.batch // 4),), device=clips.device) * 2 + 1
-        pixels = as_pixels(clips[still])
-        made = model.decode(latents[still]).float()  # noise would be one more change where latent frames meet
+        chosen = torch.randint(half, (max(1, phase.batch // 4),), device=clips.device)
+        pixels = as_pixels(still_clips[chosen])
+        made = model.decode(still_latents[chosen]).float()  # noise would be one more change where latent frames meet
         calm, calm_edges = error_of(made, pixels, OBJECT_WEIGHT)
         at_edges, elsewhere = changes(made, pixels)
-        (calm + 0.5 * calm_edges + CHANGE_WEIGHT * (edge_weight * at_edges + 3 * elsewhere)).backward()
+        change = (at_edges + 3 * elsewhere).mean()
+        uneven = (((at_edges + LEAST_CHANGE) / (elsewhere + LEAST_CHANGE)).log() - asked).square().mean()
+        (calm + 0.5 * calm_edges + CHANGE_WEIGHT * change + BALANCE_WEIGHT * uneven).backward()
         masters.step(progress)
-        seen = MEMORY * seen + torch.stack([at_edges, elsewhere]).detach().cpu()
-        ratio = float(seen[0] / seen[1])
-        edge_weight = min(max(edge_weight * (1 + STEERING * (ratio - 1)), 0.1), 30.0)
+        if step % MEASURED_EVERY == 0:
+            masters.show_average()
+            ratio = edge_ratio(model, measured_latents)
+            masters.show_masters()
+            asked -= STEERING * math.log(ratio)
         if step % run.recipe.look == 0:
-            numbers = {"error": error, "outline": outline, "calm": calm, "change": elsewhere}
+            numbers = {"error": error, "outline": outline, "calm": calm, "change": change, "uneven": uneven}
             said = {name: float(value.detach()) for name, value in numbers.items()}
-            run.log("decoder", step=step, **said, ratio=ratio, weight=edge_weight)
+            run.log("decoder", step=step, **said, ratio=ratio, asked=asked)
             masters.show_average()
             _save(model, run.file("decoder_so_far.safetensors"))
             masters.show_masters()
@@ -128,27 +140,45 @@ def outline_error(made: Tensor, pixels: Tensor) -> Tensor:
 
 
 def changes(made: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the change from frame to frame, where a latent frame begins and elsewhere.
+    """Each clip's mean squared error of the change from frame to frame, where a latent frame begins and elsewhere: [B].
 
     Args:
-        made, pixels: [B, 1 + 4k, 3, H, W].
+        made, pixels: [B, 1 + 4k, 3, H, W], or with their channels last.
     """
-    off = (made - pixels).diff(dim=1).square().mean(dim=(0, 2, 3, 4))[SETTLED:]
-    edge = torch.arange(SETTLED, SETTLED + len(off), device=off.device) % TEMPORAL_STRIDE == 0
-    return off[edge].mean(), off[~edge].mean()
+    off = (made - pixels).diff(dim=1).square().mean(dim=(2, 3, 4))[:, SETTLED:]
+    edge = torch.arange(SETTLED, SETTLED + off.shape[1], device=off.device) % TEMPORAL_STRIDE == 0
+    return off[:, edge].mean(dim=1), off[:, ~edge].mean(dim=1)
 
 
 @torch.no_grad()
-def _clips(run: Training, model: Autoencoder, count: int) -> tuple[Tensor, Tensor]:
-    """Clips [N, F, H, W, 3] uint8 and their latents [N, f, 16, h, w]; every second one of a scene that stands still."""
-    rng = np.random.default_rng((run.seed, 20))
+def edge_ratio(model: Autoencoder, latents: Tensor) -> float:
+    """`changes` at edges over those elsewhere, of stills as they are seen: decoded in float32, shown in 8 bits.
+
+    Args:
+        latents: [N, 1 + k, 16, h, w] of scenes that stand still.
+    """
+    exact = deepcopy(model).float()
+    seen = []
+    for part in latents.split(4):
+        made = to_rgb8(exact.decode(part.float())).float()
+        seen.append(torch.stack(changes(made, made[:, :1]), dim=1))
+    at_edges, elsewhere = torch.cat(seen).mean(dim=0).tolist()
+    return at_edges / elsewhere
+
+
+@torch.no_grad()
+def _clips(
+    run: Training, model: Autoencoder, count: int, length: int, draw: Callable[[], Story]
+) -> tuple[Tensor, Tensor]:
+    """Clips [N, F, H, W, 3] uint8 of stories, most of them with small objects, and their latents [N, f, 16, h, w]."""
+    rng = np.random.default_rng((run.seed, 21))
     frames, latents = [], []
-    for number in range(count):
-        story = _still(rng) if number % 2 else draw_story(rng, 3, 0.5)
+    for _ in range(count):
+        story = draw()
         if rng.random() < SMALL_SHARE:
             star = rng.random() < STAR_SHARE
             story = replace(story, first=_small(story.first, star), second=_small(story.second, star))
-        frames.append(draw_frames(story, FRAMES, run.device))
+        frames.append(draw_frames(story, length, run.device))
         pixels = as_pixels(frames[-1])[None].to(torch.bfloat16)
         latents.append(model.moments(pixels)[0][0].to(torch.bfloat16))
     return torch.stack(frames), torch.stack(latents)
