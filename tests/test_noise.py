@@ -18,6 +18,21 @@ def test_order_and_instance_do_not_matter() -> None:
     assert torch.equal(one.between(2, 1), other.between(2, 1))
 
 
+def test_what_was_expected_is_what_would_have_been_drawn() -> None:
+    """Right, wrong, repeated and for a block that is begun anew; the block before stays as it was handed out."""
+    ahead, plain = DrawnNoise(7, SHAPE), DrawnNoise(7, SHAPE)
+
+    def draws(noise: DrawnNoise, block: int) -> list[torch.Tensor]:
+        return [noise.start(block), *(noise.between(block, step) for step in range(3))]
+
+    kept = []
+    for expected, asked in ((1, 1), (2, 2), (2, 2), (3, 9), (4, 4), (3, 3)):
+        ahead.expect(expected, 4)
+        kept.append((asked, draws(ahead, asked)))
+        for block, given in kept[-2:]:
+            assert all(torch.equal(a, b) for a, b in zip(given, draws(plain, block), strict=True)), block
+
+
 def test_every_draw_is_another() -> None:
     drawn = [DrawnNoise(seed, SHAPE).start(block) for seed in (0, 1) for block in (0, 1)]
     drawn += [DrawnNoise(0, SHAPE).between(block, step) for block in (0, 1) for step in (0, 1)]

@@ -39,7 +39,7 @@ def noise_source(
     """
     given = _read(path, ("noise", "renoise")) if path else {}
     if not given:
-        return DrawnNoise(config.seed, shape)
+        return DrawnNoise(config.seed, shape, pinned=config.stage("denoiser").device != "cpu")
     if len(given) < 2:
         raise InputError(f"{path}: found {next(iter(given))} alone, expected both noise and renoise or neither")
     noise = GivenNoise(given["noise"], given["renoise"], shape, len(config.stream.steps))

@@ -120,6 +120,7 @@ class Rollout:
         clean = self.passes.denoise(plan, self.block, noise)
         if clean is None:
             return None
+        noise.expect(self.block + 1, len(self.schedule.steps))  # before a GPU is waited for
         if not bool(torch.isfinite(clean).all()):
             raise NonFiniteLatents(f"block {self.block}: the latents hold NaN or infinity")
         self.history.put(self.block, clean)

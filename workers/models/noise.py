@@ -22,24 +22,53 @@ class NoiseSource(Protocol):
     def between(self, block: int, step: int) -> Tensor:
         """The noise mixed back in after a step that is not the last, [1, F, 16, h, w] float32."""
 
+    def expect(self, block: int, steps: int) -> None:
+        """Says which block of how many steps will likely be asked for next, while there is time to get it ready."""
+
 
 class DrawnNoise:
-    """Gaussian noise seeded by SHA-256 of (seed, block, step)."""
+    """Gaussian noise seeded by SHA-256 of (seed, block, step).
 
-    def __init__(self, seed: int, shape: tuple[int, int, int, int]) -> None:
+    What was expected is drawn ahead, into one of two places in turn: a copy of one block to a GPU may still be on its
+    way while the next is drawn.
+
+    Args:
+        shape: (F, 16, h, w) of a block.
+        pinned: whether what is drawn ahead lies where a GPU copies from by itself.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, int, int, int], *, pinned: bool = False) -> None:
         self.seed = seed
         self.shape = shape
+        self._pinned = pinned
+        self._ahead: dict[int, Tensor] = {}
+        self._holds: dict[int, int] = {}
 
     def start(self, block: int) -> Tensor:
-        return self._draw(block, 0)
+        return self._get(block, 0)
 
     def between(self, block: int, step: int) -> Tensor:
-        return self._draw(block, step + 1)
+        return self._get(block, step + 1)
 
-    def _draw(self, block: int, draw: int) -> Tensor:
+    def expect(self, block: int, steps: int) -> None:
+        place = block % 2
+        if self._holds.get(place) == block:
+            return
+        if place not in self._ahead:
+            self._ahead[place] = torch.empty(steps, 1, *self.shape, pin_memory=self._pinned)
+        for draw, out in enumerate(self._ahead[place]):
+            self._draw(block, draw, out)
+        self._holds[place] = block
+
+    def _get(self, block: int, draw: int) -> Tensor:
+        if self._holds.get(block % 2) == block and draw < len(self._ahead[block % 2]):
+            return self._ahead[block % 2][draw]
+        return self._draw(block, draw, torch.empty(1, *self.shape))
+
+    def _draw(self, block: int, draw: int, out: Tensor) -> Tensor:
         digest = hashlib.sha256(f"longlive {self.seed} {block} {draw}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(1, *self.shape, generator=generator)
+        return torch.randn(out.shape, generator=generator, out=out)
 
 
 class GivenNoise:
@@ -76,6 +105,9 @@ class GivenNoise:
     def between(self, block: int, step: int) -> Tensor:
         self._check(block)
         return self.renoise[None, block, step]
+
+    def expect(self, block: int, steps: int) -> None:
+        """All of it is there."""
 
     def _check(self, block: int) -> None:
         if block >= self.blocks:

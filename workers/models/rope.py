@@ -26,12 +26,23 @@ def _angles(positions: Tensor, channels: int) -> Tensor:
     return torch.outer(positions.double(), frequencies)
 
 
+def frame_rotation(frames: Sequence[int], head_dim: int) -> Rotation:
+    """What of `rotation` depends on a token's latent frame: its first channel pairs, [frames, pairs] on the CPU."""
+    angles = _angles(torch.tensor(frames, dtype=torch.int64), head_dim - 2 * _spatial(head_dim))
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def _spatial(head_dim: int) -> int:
+    """Channels of a row or of a column."""
+    return 2 * (head_dim // 6)
+
+
 def rotation(frames: Sequence[int], rows: int, columns: int, head_dim: int, device: torch.device) -> Rotation:
     """Rotations of all tokens of the latent frames at the given positions, frame-major, then row, then column.
 
     Rows and columns take 2*(head_dim // 6) channels each, frames what is left (Wan 2.1, wan/modules/model.py).
     """
-    spatial = 2 * (head_dim // 6)
+    spatial = _spatial(head_dim)
     by_frame = _angles(torch.tensor(frames, dtype=torch.int64), head_dim - 2 * spatial)
     by_row = _angles(torch.arange(rows), spatial)
     by_column = _angles(torch.arange(columns), spatial)

@@ -7,6 +7,7 @@ keys and values. Knows no blocks' numbers, prompts or clocks.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from configs.schema import LATENT_CHANNELS, LAYER_LINEARS, PATCH, KVKind, Stream
 from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.kernels import TORCH, Kernels
 from workers.models.kv_store import LayerKV, new_store
-from workers.models.rope import Rotation
+from workers.models.rope import Rotation, frame_rotation, rotation
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer, Layer, PromptKV, timestep_embedding
 
@@ -189,7 +190,8 @@ class StaticTransformer:
         noise: [steps - 1, F, 16, h, w] float32, what is mixed back in after each step but the last.
         latents: [F, 16, h, w] float32, the block at work: noise at first, clean after the last step.
         past: [window blocks * F, 16, h, w] float32, latents to recompute the cache from.
-        turn: rotations of the inputs' tokens, up to a window of blocks; `sink_turn` those of the sink.
+        turn: rotations of the inputs' tokens, up to a window of blocks; `sink_turn` those of the sink. What comes from
+            a token's row and column stays in them, `place` writes the rest.
         slots: [window blocks] int64, where the inputs are written.
     """
 
@@ -223,11 +225,16 @@ class StaticTransformer:
         self.noise = torch.zeros(len(self.sigmas) - 1, frames, *shape, device=device)
         self.latents = torch.zeros(frames, *shape, device=device)
         self.past = torch.zeros(stream.window, *shape, device=device)
-        angles = (stream.window * video.frame_tokens, config.head_dim // 2)
-        self.turn = Rotation(torch.zeros(angles, device=device), torch.zeros(angles, device=device))
+        self.turn = rotation([0] * stream.window, self.rows, self.columns, config.head_dim, device)
         self.sink_turn = Rotation(*(t[: stream.sink * video.frame_tokens].clone() for t in self.turn))
         self.slots = torch.zeros(stream.window_blocks, dtype=torch.int64, device=device)
         self._bake((*schedule.steps, float(stream.context_noise)), linear, compiled)
+
+    def place(self, turn: Rotation, frames: Sequence[int]) -> None:
+        """Puts the tokens of one of the two tables at these frames' positions, from its first token on."""
+        for mine, new in zip(turn, frame_rotation(frames, self.model.config.head_dim), strict=True):
+            by_frame = mine.unflatten(0, (-1, self.rows * self.columns))[: len(new), :, : new.shape[1]]
+            by_frame.copy_(new.to(mine.device, non_blocking=True)[:, None])
 
     def buffers(self) -> list[Tensor]:
         """All memory that passes read or write besides weights; it never moves."""

@@ -1,20 +1,19 @@
 """The passes of a stream on the fast path: fills the static buffers, runs what was recorded for the shape at hand."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from configs.schema import PATCH, KVKind, StreamConfig, VideoConfig
+from configs.schema import KVKind, StreamConfig, VideoConfig
 from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.kernels import TORCH, Kernels
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
 from workers.models.passes import AfterPass, go_on, undo_for
-from workers.models.rope import Rotation, rotation
 from workers.models.static import Shape, StaticTransformer
 from workers.models.transformer import CausalWanTransformer
 
@@ -46,7 +45,6 @@ class StaticPasses:
         self.static = StaticTransformer(model, stream, video, kv, linear, kernels, compiled)
         self._compiled = compiled
         self._compiling = partial(_compiling, stream) if compiled else nullcontext
-        self._rows, self._columns = video.latent_height // PATCH, video.latent_width // PATCH
         self._on_pass = on_pass
         self._undo = undo_for(stream, self.static.store.touched_by)
         self.record = record
@@ -76,9 +74,9 @@ class StaticPasses:
     def fill(self, plan: CachePlan, block: int, noise: NoiseSource) -> Shape:
         """Puts into the buffers all in which a block differs from others."""
         static, shape = self.static, self._place(plan)
-        static.latents.copy_(noise.start(block)[0])
+        static.latents.copy_(noise.start(block)[0], non_blocking=True)
         for step in range(len(static.sigmas) - 1):
-            static.noise[step].copy_(noise.between(block, step)[0])
+            static.noise[step].copy_(noise.between(block, step)[0], non_blocking=True)
         return shape
 
     def remember(self, plan: CachePlan, clean: Tensor) -> None:
@@ -115,18 +113,14 @@ class StaticPasses:
         """Writes where the inputs stand and go; moves the sink if it is not there yet."""
         static = self.static
         if plan.sink is not None and plan.sink != self._sink_at:
-            _fill(static.sink_turn, self._rotation(range(plan.sink, plan.sink + self.stream.sink)))
+            static.place(static.sink_turn, range(plan.sink, plan.sink + self.stream.sink))
             self._run("move sink", None)
             self._sink_at = plan.sink
-        _fill(static.turn, self._rotation(plan.frames))
-        static.slots[: len(plan.slots)].copy_(torch.tensor(plan.slots))
+        static.place(static.turn, plan.frames)
+        static.slots[: len(plan.slots)].copy_(torch.tensor(plan.slots), non_blocking=True)
         if plan.slots[0] == 0:
             self._sink_at = plan.frames[0]
         return self._shape(plan, self.text_keys)
-
-    def _rotation(self, frames: Iterable[int]) -> Rotation:
-        cpu = torch.device("cpu")
-        return rotation(tuple(frames), self._rows, self._columns, self.model.config.head_dim, cpu)
 
     def _shape(self, plan: CachePlan, text_keys: int) -> Shape:
         sinks = sum(slot < self.stream.sink_blocks for slot in plan.slots)
@@ -159,11 +153,6 @@ def _compiling(stream: StreamConfig) -> Iterator[None]:
     # In this process: a pool of compilers would be left when it ends.
     with shapes, torch._inductor.config.patch(compile_threads=1):
         yield
-
-
-def _fill(mine: Rotation, new: Rotation) -> None:
-    for table, values in zip(mine, new, strict=True):
-        table[: len(values)].copy_(values)
 
 
 def all_plans(stream: StreamConfig) -> list[tuple[CachePlan, bool]]:
