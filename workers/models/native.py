@@ -1,13 +1,14 @@
-"""The operations of native.cpp, compiled for its own processor when a worker starts, which takes about a second.
+"""The operations of native.cpp, compiled for its own processor when a worker starts, which takes some seconds.
 
 For one thread on a CPU with AVX-512. Elsewhere, and without a compiler, PyTorch's operations do the same in more passes
 over memory. Knows no decoder.
 """
 
 import ctypes
+import os
 import shutil
 import subprocess
-import tempfile
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pipe")
 FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
 COMPILERS = ("g++", "c++")
 LONGEST_S = 60.0
@@ -60,16 +61,18 @@ class Native:
 def compiled() -> Native | None:
     """The operations, or None where they cannot be had or would not be faster."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None or "AVX512" not in torch.backends.cpu.get_cpu_capability():
+    if compiler is None or sys.platform != "linux" or "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return None
-    with tempfile.TemporaryDirectory(prefix="longlive-") as folder:
-        library = Path(folder) / "native.so"
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(library)]
-        try:
-            subprocess.run(command, capture_output=True, check=True, timeout=LONGEST_S)
-            return Native(ctypes.CDLL(str(library)))
-        except (OSError, subprocess.SubprocessError):
-            return None
+    file = os.memfd_create("native")  # in no folder: whoever is killed meanwhile leaves nothing there
+    library = f"/proc/self/fd/{file}"
+    try:
+        command = [compiler, *FLAGS, str(SOURCE), "-o", library]
+        subprocess.run(command, capture_output=True, check=True, timeout=LONGEST_S, pass_fds=(file,))
+        return Native(ctypes.CDLL(library))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    finally:
+        os.close(file)
 
 
 def _longs(*numbers: int) -> tuple[ctypes.c_long, ...]:
