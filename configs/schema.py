@@ -22,6 +22,8 @@ AttentionKind = Literal["auto", "cudnn", "flash", "flash3", "flash4", "sdpa", "m
 """What computes attention; `auto` is the fastest that is installed and right on a GPU, `sdpa` on a CPU."""
 KernelsKind = Literal["auto", "torch", "triton"]
 """What computes the fast path's small operations; `auto` is Triton where the model is on a GPU and Triton installed."""
+Switch = Literal["auto", True, False]
+"""`auto` is on where it can be; what is asked for with `true` and cannot be is said in a warning."""
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 StageName = Literal["text_encoder", "denoiser", "vae_decoder", "output"]
 STAGES: tuple[StageName, ...] = ("text_encoder", "denoiser", "vae_decoder", "output")
@@ -362,8 +364,8 @@ class ExecutionConfig(Part):
     """
 
     denoiser: Execution = "static"
-    graphs: bool = True
-    native: bool = True
+    graphs: Switch = "auto"
+    native: Switch = "auto"
     kv: KVKind = "model"
     linears: LinearKind = "model"
     fp8_keep: tuple[str, ...] = ()

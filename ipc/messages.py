@@ -356,13 +356,17 @@ class Loading(Message):
 
 
 class Ready(Message):
-    """A stage is loaded and warm. `block_ms`: its time a block in the warm-up, None where a block costs it nothing."""
+    """A stage is loaded and warm. `block_ms`: its time a block in the warm-up, None where a block costs it nothing.
+
+    `warnings`: what was asked for and is not to be had, and what is used instead.
+    """
 
     type = "ready"
     stage: Name
     device: Name
     block_ms: float | None
     note: Line | None = None
+    warnings: list[Line] = []
 
 
 class Heartbeat(Message):

@@ -124,6 +124,7 @@ class Daemon:
         self._exported: RingExported | None = None
         self._drained: Drained | None = None
         self._sinks: list[SinkStatus] = []
+        self._warned: set[str] = set()
         self._deadline_ns: int | None = None
         self._up_ns: int | None = None
         self._ended_ns = 0
@@ -258,11 +259,19 @@ class Daemon:
         stage = next(name for name in STAGES if name == message.stage)
         self._supervisor.ready(stage)
         self._reporter.loading(stage, "ready" if message.note is None else f"ready ({message.note})")
+        for warning in message.warnings:
+            self._warn(warning)
         if self._phase is Phase.STARTING:
             if self._supervisor.all_ready:
                 self._go()
         else:
             self._carry_on(stage)
+
+    def _warn(self, text: str) -> None:
+        """Once a run: two stages may lack the same, and one that is started again says it again."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._reporter.note(f"warning: {text}")
 
     def _go(self) -> None:
         self._up_ns = self._clock()

@@ -17,6 +17,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # A shell ignores Ctrl-C for what it starts in the background, and processes that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What may take longest begins first, so that of several processes none is left with it alone at the end."""
+    limits = {item.path: 0.0 for item in items}
+    for item in items:
+        for mark in item.iter_markers("timeout"):
+            limits[item.path] = max(limits[item.path], mark.args[0])
+    items.sort(key=lambda item: -limits[item.path])
+
+
 GRACE_S = 5.0
 """What a process that is ending has to be gone."""
 

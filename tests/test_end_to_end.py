@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from command import Command
 from golden_cases import cases, load, relative_error
 from model_files import write_case
 from safetensors.torch import load_file
+from video_file import read_frames
 
 pytestmark = pytest.mark.timeout(180)
+STORY = ("a red circle", "a blue square", "a green star")
 SWITCHED = [path for path in cases("stream") if load(path).config["switch_frame_indices"]]
 
 
@@ -42,35 +45,48 @@ def test_golden_stream_across_processes(path: Path, tmp_path: Path, command: Com
     assert relative_error(load_file(dump)["latents"], case.tensors["latents"]) <= 1e-4
 
 
-def generate(command: Command, folder: Path, name: str, *options: object) -> tuple[bytes, str]:
-    """Latents and the frames' sha256 of a short pocket video with two switches."""
-    prompts = write_prompts(folder / "prompts.jsonl", ["a red circle", "a blue square", "a green star"])
-    dump = folder / f"{name}.safetensors"
+@dataclass(frozen=True)
+class Video:
+    """A short pocket video: its file, its latents' file, the frames' sha256 as the command said it."""
+
+    path: Path
+    latents: bytes
+    sha256: str
+
+
+def generate(command: Command, folder: Path, name: str, *options: object, prompts: tuple[str, ...] = STORY) -> Video:
+    """Five blocks; each further prompt takes effect one or two blocks after the one before."""
+    listed = write_prompts(folder / f"{name}.jsonl", list(prompts))
+    dump, path = folder / f"{name}.safetensors", folder / f"{name}.mp4"
+    at = ("--switch-frames", "3,9") if len(prompts) > 1 else ()
     done = command.run(
-        *("generate", "--prompts", prompts, "--switch-frames", "3,9", "--seed", 7, "--blocks", 5),
-        *("--out", folder / f"{name}.mp4", "--dump-latents", dump, *options),
+        *("generate", "--prompts", listed, "--seed", 7, "--blocks", 5),
+        *("--out", path, "--dump-latents", dump, *at, *options),
     )
     assert done.returncode == 0, done.stderr
+    assert "warning:" not in done.stderr
     digest = next(line for line in done.stdout.splitlines() if line.startswith("sha256")).split()[-1]
-    return dump.read_bytes(), digest
+    return Video(path, dump.read_bytes(), digest)
 
 
-def test_threads_and_processes_give_the_same_bits(tmp_path: Path, command: Command) -> None:
-    """Placement changes where stages run and nothing else."""
-    processes = generate(command, tmp_path, "process", "--set", "placement=process")
-    threads = generate(command, tmp_path, "thread", "--set", "placement=thread")
-    assert processes == threads
-    assert (tmp_path / "process.mp4").read_bytes() == (tmp_path / "thread.mp4").read_bytes()
-
-
-def test_a_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    """After a run there is no run directory, no temporary file and no memfd of ours."""
+@pytest.fixture(scope="module")
+def by_processes(tmp_path_factory: pytest.TempPathFactory) -> Video:
+    """A video with two switches; its run left no run directory, no temporary file and no memfd of ours."""
+    folder = tmp_path_factory.mktemp("processes")
     with tempfile.TemporaryDirectory(prefix="llt-") as temporary:  # short, as sockets' paths must be
-        command = Command(tmp_path / "run", Path(temporary))
-        generate(command, tmp_path, "once")
+        command = Command(folder / "run", Path(temporary))
+        before = memfds()
+        video = generate(command, folder, "process", "--set", "placement=process")
         assert list(Path(temporary).iterdir()) == []
     assert not command.run_directory.exists()
-    assert not [fd for fd in Path(f"/proc/{os.getpid()}/fd").iterdir() if "longlive" in _target(fd)]
+    assert memfds() <= before
+    return video
+
+
+def memfds() -> set[str]:
+    """Ours that this process holds open."""
+    open_files = (_target(fd) for fd in Path(f"/proc/{os.getpid()}/fd").iterdir())
+    return {target for target in open_files if "longlive" in target}
 
 
 def _target(fd: Path) -> str:
@@ -78,3 +94,22 @@ def _target(fd: Path) -> str:
         return str(fd.readlink())
     except OSError:
         return ""
+
+
+def test_threads_and_processes_give_the_same_bits(by_processes: Video, tmp_path: Path, command: Command) -> None:
+    """Placement changes where stages run and nothing else."""
+    threads = generate(command, tmp_path, "thread", "--set", "placement=thread")
+    assert (threads.latents, threads.sha256) == (by_processes.latents, by_processes.sha256)
+    assert threads.path.read_bytes() == by_processes.path.read_bytes()
+
+
+def test_a_prompt_matters_from_its_frame_on(by_processes: Video, tmp_path: Path, command: Command) -> None:
+    """Same seed: equal up to the applied frame and different after it; another first prompt differs from frame 0."""
+    switched = read_frames(by_processes.path)
+    same = read_frames(generate(command, tmp_path, "same", prompts=STORY[:1]).path)
+    other = read_frames(generate(command, tmp_path, "other", prompts=STORY[1:2]).path)
+    applied = 12 * 1 - 3
+    differs = (same != switched).any((1, 2, 3))
+    assert not differs[:applied].any()
+    assert differs[applied:].all()
+    assert (same != other).any((1, 2, 3)).all()

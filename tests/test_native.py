@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.load import load_config
 from workers.models import native as native_module
 from workers.models.execution import choose_native
-from workers.models.native import Native, compiled
+from workers.models.native import Native, NotCompiled, compiled
 from workers.models.static_vae import StaticVae
 from workers.models.winograd import NativeWinogradConv, WinogradConv
 
@@ -27,10 +27,10 @@ close = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 @pytest.fixture(scope="module")
 def native() -> Native:
-    found = compiled()
-    if found is None:
-        pytest.skip("no compiler, or no AVX-512")
-    return found
+    try:
+        return compiled()
+    except NotCompiled as lack:
+        pytest.skip(str(lack))
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -112,12 +112,25 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_module.subprocess, "run", run)
 
 
-@pytest.mark.parametrize("lack", [no_compiler, no_source, no_wide_vectors, no_patience])
+@pytest.mark.parametrize(
+    ("lack", "said"),
+    [
+        (no_compiler, r"needs a compiler \(g\+\+ or c\+\+\), found none"),
+        (no_source, "found .*no such file.cpp"),
+        (no_wide_vectors, "needs a CPU with AVX-512, found AVX2"),
+        (no_patience, "found nothing after 1 s"),
+    ],
+)
 def test_without_what_it_needs_there_is_none(
-    lack: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    lack: Callable[[pytest.MonkeyPatch], None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And in one line that says why."""
+    if lack is not no_wide_vectors:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     lack(monkeypatch)
-    assert compiled() is None
+    with pytest.raises(NotCompiled, match=said) as caught:
+        compiled()
+    assert "\n" not in str(caught.value)
 
 
 def test_it_is_for_one_thread_of_a_cpu_that_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:

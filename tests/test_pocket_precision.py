@@ -18,7 +18,7 @@ from workers.models.static_passes import StaticPasses
 from workers.models.vae import VaeDecoder
 
 PROMPTS = ("a red circle moving right", "two yellow squares hopping on a checkered background")
-BLOCKS = 4
+BLOCKS = 3
 BAR_DB = 30.0
 KINDS = ("int8 keys and values", "fp8 keys and values", "fp8 linears")
 Decibels = dict[str, list[tuple[int, float, float]]]

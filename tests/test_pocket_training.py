@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from tiny_files import CPU, TINY
@@ -18,6 +19,7 @@ from pocket.transformer_stages import train_adapter, train_self_forcing, train_t
 from pocket.vae_stage import train_vae
 from pocket.videos import Bare
 
+pytestmark = pytest.mark.timeout(120)
 NARROW = (*TINY, "model.vae.base_dim=2", "model.transformer.num_layers=1")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import cases, load, relative_error
+from golden_cases import case_id, cases, load, relative_error
 from stream_case import case_rollout, play
 
 from configs.load import as_yaml, load_config, load_preset, preset_names
@@ -15,10 +15,6 @@ from workers.models.execution import choose_passes
 
 EXACT = [name for name in preset_names() if load_preset(name).exact]
 STREAMS = cases("stream")
-
-
-def case_id(path: Path) -> str:
-    return f"golden-{path.name}"
 
 
 def test_the_five_are_shipped_and_two_say_that_they_are_not_exact() -> None:

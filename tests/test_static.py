@@ -2,24 +2,36 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from golden_cases import relative_error
-from stream_case import CPU, SMALL, embeds, new_rollout, tiny_transformer
+from golden_cases import Case, case_id, cases, load, relative_error
+from stream_case import CPU, SMALL, case_rollout, embeds, new_rollout, tiny_transformer
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from configs.schema import StreamConfig
+from configs.schema import StreamConfig, VideoConfig
 from workers.models.audit import run_watched
 from workers.models.denoise import Rollout
-from workers.models.noise import DrawnNoise
+from workers.models.noise import DrawnNoise, GivenNoise, NoiseSource
 from workers.models.static import Shape, TextKV, padding_biases
 from workers.models.static_passes import StaticPasses, all_plans
 
 ropes = pytest.mark.parametrize("rope", ["relative", "absolute"])
 WINDOW = 4
 """Blocks of the default window."""
+
+
+def goes_on(config: dict[str, Any]) -> bool:
+    """Whether a golden stream of one prompt is longer than its window."""
+    frames = config["num_blocks"] * config["num_frame_per_block"]
+    return not config["switch_frame_indices"] and frames > config["local_attn_size"]
+
+
+UNSWITCHED = [path for path in cases("stream") if goes_on(load(path).config)]
 
 
 def static_rollout(rope: str, **stream: object) -> tuple[Rollout, StaticPasses]:
@@ -38,11 +50,12 @@ def plain_stream(rope: str, blocks: int) -> Tensor:
 
 
 def steady_block(passes: StaticPasses) -> Callable[[], None]:
-    """All that a block with a full window does on the device."""
-    static, shape = passes.static, Shape(1, WINDOW, 0, passes.text_keys)
+    """All that a block with a full window does on the device: the sink's move, every step, the clean pass."""
+    static, stream = passes.static, passes.stream
+    shape = Shape(1, stream.window_blocks, 0, passes.text_keys)
 
     def block() -> None:
-        if passes.stream.rope == "relative":
+        if stream.rope == "relative" and stream.sink:
             static.store.move_sink(static.sink_turn)
         for step in range(len(static.sigmas)):
             static.step(step, shape)
@@ -51,9 +64,15 @@ def steady_block(passes: StaticPasses) -> Callable[[], None]:
     return block
 
 
-def go_on(rollout: Rollout, passes: StaticPasses, block: Callable[[], object], until: int) -> Tensor:
+def go_on(
+    rollout: Rollout,
+    passes: StaticPasses,
+    block: Callable[[], object],
+    until: int,
+    noise: NoiseSource | None = None,
+) -> Tensor:
     """Blocks by one function alone, its buffers filled before each; their latents."""
-    noise, made = DrawnNoise(0, rollout.shape), []
+    noise, made = noise or DrawnNoise(0, rollout.shape), []
     for number in range(rollout.block, until):
         passes.fill(rollout.layout.denoise(number, rollout.anchor), number, noise)
         block()
@@ -61,23 +80,61 @@ def go_on(rollout: Rollout, passes: StaticPasses, block: Callable[[], object], u
     return torch.cat(made)[None]
 
 
-def first_blocks(rollout: Rollout) -> None:
-    noise = DrawnNoise(0, rollout.shape)
-    for _ in range(WINDOW):
+def first_blocks(rollout: Rollout, noise: NoiseSource | None = None) -> None:
+    """Until the window is full."""
+    noise = noise or DrawnNoise(0, rollout.shape)
+    for _ in range(rollout.stream.window_blocks):
         rollout.denoise_block(noise)
 
 
-@ropes
-@torch.no_grad()
-def test_a_block_traced_once_makes_all_that_follow(rope: str) -> None:
-    rollout, passes = static_rollout(rope)
-    first_blocks(rollout)
+class GivenThenDrawn:
+    """A golden case's noise, and drawn noise for the blocks that it does not have."""
+
+    def __init__(self, case: Case, rollout: Rollout) -> None:
+        steps = len(rollout.schedule.steps)
+        self._given = GivenNoise(case.tensors["noise"], case.tensors["renoise"], rollout.shape, steps)
+        self._drawn, self._blocks = DrawnNoise(0, rollout.shape), case.config["num_blocks"]
+
+    def start(self, block: int) -> Tensor:
+        return (self._given if block < self._blocks else self._drawn).start(block)
+
+    def between(self, block: int, step: int) -> Tensor:
+        return (self._given if block < self._blocks else self._drawn).between(block, step)
+
+
+def traced_anew(passes: StaticPasses) -> torch.fx.GraphModule:
+    """The operations of a steady block, the buffers as they were before."""
     kept = [(t, t.clone()) for t in passes.static.buffers()]
     traced = make_fx(steady_block(passes))()
     for tensor, before in kept:
         tensor.copy_(before)
-    made = go_on(rollout, passes, traced, 21)
-    assert relative_error(made, plain_stream(rope, 21)[:, 3 * WINDOW :]) <= 1e-4
+    return traced
+
+
+@pytest.mark.parametrize("path", UNSWITCHED, ids=lambda path: f"{case_id(path)}-static")
+@torch.no_grad()
+def test_a_block_traced_once_makes_all_that_follow(path: Path, tmp_path: Path) -> None:
+    """By PyTorch's operations alone: the golden stream's last blocks, and those after them up to block 20."""
+    case = load(path)
+    rollout = case_rollout(case, tmp_path / "model", "static")
+    passes, window, prompt = rollout.passes, rollout.stream.window_blocks, case.tensors["prompt_embeds"][:1]
+    assert isinstance(passes, StaticPasses)
+    noise, video = GivenThenDrawn(case, rollout), VideoConfig(height=8 * rollout.shape[2], width=8 * rollout.shape[3])
+    rollout.switch(prompt)
+    first_blocks(rollout, noise)
+    traced = traced_anew(passes)
+    assert {node.target.namespace for node in traced.graph.nodes if isinstance(node.target, OpOverload)} == {"aten"}
+    made = go_on(rollout, passes, traced, 21, noise)
+    plain = new_rollout(rollout.model, rollout.stream, video)
+    plain.switch(prompt)
+    expected = torch.cat([plain.denoise_block(noise) for _ in range(21)], 1)[:, window * rollout.shape[0] :]
+    golden = case.tensors["latents"][:, window * rollout.shape[0] :]
+    assert relative_error(made[:, : golden.shape[1]], golden) <= 1e-4
+    assert relative_error(made, expected) <= 1e-4
+
+
+def test_golden_streams_of_both_modes_are_traced() -> None:
+    assert {load(path).config["rope"] for path in UNSWITCHED} == {"relative", "absolute"}
 
 
 @ropes
@@ -101,6 +158,29 @@ def test_every_block_does_the_same_and_reads_and_keeps_nothing(rope: str) -> Non
     go_on(rollout, passes, lambda: done.append(run_watched(block, CPU)), WINDOW + 6)
     assert done[0]
     assert all(operations == done[0] for operations in done)
+
+
+def memory_events(function: Callable[[], object]) -> list[int]:
+    """Bytes that every allocation of a function took and every release gave back, as the profiler saw them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+@ropes
+@torch.no_grad()
+def test_live_bytes_are_equal_after_every_block(rope: str) -> None:
+    """What a block allocates it gives back, the same every time; its buffers lie where they lay."""
+    rollout, passes = static_rollout(rope)
+    first_blocks(rollout)
+    block, events = steady_block(passes), []
+    before = [tensor.data_ptr() for tensor in passes.static.buffers()]
+    go_on(rollout, passes, lambda: events.append(memory_events(block)), WINDOW + 20)
+    assert len(events) == 20 and len(events[0]) > 0
+    assert [sum(of_block) for of_block in events] == [0] * 20
+    assert all(sorted(of_block) == sorted(events[0]) for of_block in events)
+    assert [tensor.data_ptr() for tensor in passes.static.buffers()] == before
 
 
 @ropes

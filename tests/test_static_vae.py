@@ -43,7 +43,7 @@ def frames_of(vae: StaticVae, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.frames(latent, first=i == 0).clone() for i, latent in enumerate(latents[0])])[None]
 
 
-@pytest.mark.parametrize("path", cases("vae"), ids=case_id)
+@pytest.mark.parametrize("path", cases("vae"), ids=lambda path: f"{case_id(path)}-static")
 def test_equals_the_reference(path: Path) -> None:
     case = load(path)
     latents = case.tensors["latents"]

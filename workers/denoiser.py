@@ -71,6 +71,7 @@ class DenoiserStage:
     ) -> None:
         self.name: StageName = "denoiser"
         self.note: str | None = None
+        self.warnings: list[str] = []
         self._config = config
         self._device = torch.device(config.stage("denoiser").device or "cpu")
         self._embeds, self._embeds_slots = embeds, embeds_slots
@@ -94,7 +95,7 @@ class DenoiserStage:
         config = self._config
         notes: list[str] = []
         transformer = load_transformer(config.model, self._device)
-        passes = choose_passes(config, transformer, self._after_pass, notes.append, own=True)
+        passes = choose_passes(config, transformer, self._after_pass, notes.append, own=True, warn=self.warnings.append)
         self.note = "; ".join(notes)
         self._rollout = Rollout(transformer, config.stream, config.video, LatentHistory(self._history), passes)
         self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)

@@ -82,6 +82,7 @@ class OutputStage:
     ) -> None:
         self.name: StageName = "output"
         self.note: str | None = None
+        self.warnings: list[str] = []
         self._config, self._frames, self._limit, self._clock = config, frames, frame_limit, clock
         self._to_daemon, self._to_denoiser = to_daemon, to_denoiser
         self._paced = config.output.pace == "live"

@@ -143,7 +143,9 @@ class Worker:
         device = "cpu" if stage.name == "output" else self._config.stage(stage.name).device or "cpu"
         if stage.note:
             log.info("%s: %s", stage.name, stage.note)
-        daemon.send(Ready(stage=stage.name, device=device, block_ms=block_ms, note=stage.note))
+        for warning in stage.warnings:
+            log.info("%s: %s", stage.name, warning)
+        daemon.send(Ready(stage=stage.name, device=device, block_ms=block_ms, note=stage.note, warnings=stage.warnings))
 
     def _fail(self, name: StageName, daemon: Outbox, text: str, *, user: bool) -> None:
         daemon.send(StageFailed(stage=name, text=" ".join(text.split())[:2000], user=user))

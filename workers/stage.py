@@ -19,10 +19,12 @@ class Stage(Protocol):
 
     Attributes:
         note: what the person should know once it is loaded, such as the attention backend in use; None for nothing.
+        warnings: a line for each thing that was asked for and is not to be had here, with what is used instead.
     """
 
     name: StageName
     note: str | None
+    warnings: list[str]
 
     def load(self) -> None:
         """Brings weights and devices in place. Raises UserError where the person must change something."""

@@ -43,6 +43,7 @@ class TextEncoderStage:
     ) -> None:
         self.name: StageName = "text_encoder"
         self.note: str | None = None
+        self.warnings: list[str] = []
         self._config = config
         self._device = torch.device(config.stage("text_encoder").device or "cpu")
         self._limit = config.model.transformer.text_len

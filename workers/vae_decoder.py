@@ -50,6 +50,7 @@ class VaeDecoderStage:
     ) -> None:
         self.name: StageName = "vae_decoder"
         self.note: str | None = None
+        self.warnings: list[str] = []
         self._config = config
         self._device = torch.device(config.stage("vae_decoder").device or "cpu")
         self._latents, self._source = latents, latents_source
@@ -60,7 +61,7 @@ class VaeDecoderStage:
 
     def load(self) -> None:
         """The decoder onto its device. Raises UserError."""
-        self._stream = choose_frame_stream(self._config, self._device)
+        self._stream = choose_frame_stream(self._config, self._device, self.warnings.append)
 
     def warm_up(self) -> float:
         """Milliseconds of a block that is not the first; the stream begins afresh afterwards."""

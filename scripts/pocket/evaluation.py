@@ -158,10 +158,15 @@ def _short(blocks: Sequence[Block]) -> str:
     return f"{middle.count} {middle.colour} {middle.shape} on {middle.ground.name}"
 
 
-def switches(scores: Scores, make: Make, seed: int, count: int, say: Progress) -> None:
-    """Streams with one prompt switch that changes one thing: is it on screen soon, and does the rest stay."""
+def switches(
+    scores: Scores, make: Make, seed: int, count: int, say: Progress, places: Sequence[int] = SWITCHED_AT
+) -> None:
+    """Streams with one prompt switch that changes one thing: is it on screen soon, and does the rest stay.
+
+    All kinds of change at the first of `places` come before those at the next.
+    """
     rng = np.random.default_rng((seed, 3))
-    for number, (what, at, before, after) in enumerate(_switched_scenes(rng, count)):
+    for number, (what, at, before, after) in enumerate(_switched_scenes(rng, count, places)):
         prompts = [phrase(before, rng), phrase(after, rng)]
         seen = by_block(make(prompts, at + AFTER_SWITCH, seed * 1000 + 500 + number, (at,)))
         soon = first_shown(what, after, seen, at)
@@ -179,12 +184,14 @@ def switches(scores: Scores, make: Make, seed: int, count: int, say: Progress) -
         )
 
 
-def _switched_scenes(rng: np.random.Generator, count: int) -> Iterator[tuple[str, int, Scene, Scene]]:
+def _switched_scenes(
+    rng: np.random.Generator, count: int, places: Sequence[int] = SWITCHED_AT
+) -> Iterator[tuple[str, int, Scene, Scene]]:
     """What changes, at which block, the scene before and the one after."""
     for number in range(count):
         what = CHANGES[number % len(CHANGES)]
         before = draw_scene(rng)
-        yield what, SWITCHED_AT[number // len(CHANGES) % len(SWITCHED_AT)], before, changed(before, what, rng, None)
+        yield what, places[number // len(CHANGES) % len(places)], before, changed(before, what, rng, None)
 
 
 def _in_time(blocks: int | None) -> bool:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from configs.load import load_config
-from workers.models.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae_decoder
+from workers.models.checkpoint import load_text_encoder, load_tokenizer, load_transformer
 from workers.models.denoise import Rollout
-from workers.models.execution import choose_passes
+from workers.models.execution import choose_frame_stream, choose_passes
 from workers.models.noise import DrawnNoise
 from workers.models.prompt_text import clean
-from workers.models.vae import to_rgb8
 
 QUALITY = 6
 """H.264's constant rate factor: low enough that what the judge sees is the model and not the codec."""
@@ -75,7 +74,7 @@ class Bare:
         self._tokenizer = load_tokenizer(model)
         self._text_encoder = load_text_encoder(model, device)
         self._transformer = load_transformer(model, device)
-        self._decoder = load_vae_decoder(model, device)
+        self._frames = choose_frame_stream(self.config, device)
         self.block_ms: list[float] = []
         """What blocks with a full window took the transformer."""
 
@@ -83,7 +82,8 @@ class Bare:
         """As `Runtime.make`, before H.264."""
         passes = choose_passes(self.config, self._transformer)
         rollout = Rollout(self._transformer, self.config.stream, self.config.video, passes=passes)
-        noise, cache = DrawnNoise(seed, rollout.shape), self._decoder.new_cache()
+        noise = DrawnNoise(seed, rollout.shape)
+        self._frames.begin()
         prompt_at = dict(zip((0, *at), prompts, strict=True))
         frames: list[Tensor] = []
         for block in range(blocks):
@@ -93,8 +93,7 @@ class Bare:
             latents = rollout.denoise_block(noise)
             if block >= self.config.stream.window_blocks:
                 self.block_ms.append(1000 * (time.monotonic() - began))
-            with torch.inference_mode():
-                frames += [to_rgb8(self._decoder.decode(latent, cache))[0] for latent in latents.unbind(1)]
+            frames += [self._frames.decode(latent).clone() for latent in latents[0]]
         return torch.cat(frames).numpy()
 
     @property

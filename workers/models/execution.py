@@ -10,11 +10,11 @@ from configs.schema import KernelsKind, RuntimeConfig, TransformerConfig
 from workers.models.attention import AttentionSize, choose_attention
 from workers.models.audit import Audit
 from workers.models.checkpoint import load_tiny_vae, load_vae_decoder
-from workers.models.fp8 import Fp8Linears, choose_multiply
+from workers.models.fp8 import Fp8Linears, choose_multiply, scaled_mm
 from workers.models.frame_stream import FrameDecoder, FrameStream
 from workers.models.graphs import CudaGraphs, Recorder, run_directly
 from workers.models.kernels import TORCH, Kernels
-from workers.models.native import Native, compiled
+from workers.models.native import Native, NotCompiled, compiled
 from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
 from workers.models.static_passes import StaticPasses
 from workers.models.static_vae import StaticVae
@@ -25,19 +25,30 @@ Say = Callable[[str], None]
 """Takes what the log says of a choice."""
 
 
+def unheard(line: str) -> None:
+    """For who does not want to know."""
+
+
+def fallback(asked: str, needs: str, found: object, instead: str) -> str:
+    """The line of a warning: a setting was asked for by name and is not to be had here."""
+    return f"execution.{asked} needs {needs}, found {found}; used instead: {instead}"
+
+
 def choose_passes(
     config: RuntimeConfig,
     model: CausalWanTransformer,
     on_pass: AfterPass = go_on,
-    say: Say = lambda line: None,
+    say: Say = unheard,
     *,
     own: bool = False,
+    warn: Say = unheard,
 ) -> Passes:
     """The denoiser's passes as `model.attention` and `execution` say; graphs only where the model lies on a GPU.
 
     Args:
         say: told what was chosen and what of it is not exact.
         own: whether the model serves these passes alone; its weights that lie in 8 bits are then given up.
+        warn: told what was asked for, is not to be had here, and is done in another way.
 
     Raises:
         ConfigError: what is asked for does not run here.
@@ -48,17 +59,21 @@ def choose_passes(
     execution = config.execution
     if execution.denoiser == "plain":
         return PlainPasses(model, config.stream, config.video, on_pass)
-    record = choose_recorder(config, model.device)
+    record = choose_recorder(config, model.device, warn)
     if execution.audit:
         record = Audit(record, model.device)
-    kernels = choose_kernels(execution.kernels, model.device, say)
+    kernels = choose_kernels(execution.kernels, model.device, say, warn)
+    compiled = execution.compile and can_compile(model.device, warn)
     build = partial(StaticPasses, model, config.stream, config.video, on_pass, record, execution.kv)
     if execution.linears == "model":
-        return build(kernels=kernels, compiled=execution.compile)
+        return build(kernels=kernels, compiled=compiled)
     tokens = config.stream.frames_per_block * config.video.frame_tokens
     multiply, by = choose_multiply(linear_shapes(model.config), tokens, model.device, model.dtype)
+    if model.device.type != "cuda" or multiply is not scaled_mm:
+        instead = f"{by}, as inexact and not faster"
+        warn(fallback("linears: fp8", "a GPU of compute capability 8.9 or more", model.device, instead))
     linears = Fp8Linears(execution.fp8_keep, multiply)
-    passes = build(linears, kernels, execution.compile)
+    passes = build(linears, kernels, compiled)
     say(f"{linears.weighs}, by {by}")
     if own:
         linears.release(model)
@@ -79,15 +94,17 @@ def linear_shapes(transformer: TransformerConfig) -> set[tuple[int, int]]:
     return {(3 * dim, dim), (dim, dim), (wide, dim), (dim, wide)}
 
 
-def choose_kernels(kind: KernelsKind, device: torch.device, say: Say = lambda line: None) -> Kernels:
+def choose_kernels(kind: KernelsKind, device: torch.device, say: Say = unheard, warn: Say = unheard) -> Kernels:
     """What computes the small operations: Triton where it is wanted and runs, else PyTorch."""
-    lack = ""
+    lack = None
     if device.type != "cuda":
-        lack = f"needs a CUDA device, found {device.type}"
+        lack = "a CUDA device", str(device)
     elif importlib.util.find_spec("triton") is None:
-        lack = "is not installed"
+        lack = "the package triton", "none"
     if kind == "torch" or lack:
-        say(f"kernels by torch: triton {lack}" if kind == "triton" else "kernels by torch")
+        if kind == "triton" and lack:
+            warn(fallback("kernels: triton", *lack, "torch"))
+        say("kernels by torch")
         return TORCH
     from workers.models.triton_kernels import TRITON
 
@@ -95,23 +112,62 @@ def choose_kernels(kind: KernelsKind, device: torch.device, say: Say = lambda li
     return TRITON
 
 
-def choose_frame_stream(config: RuntimeConfig, device: torch.device) -> FrameStream:
+def can_compile(device: torch.device, warn: Say = unheard) -> bool:
+    """Whether torch.compile makes code for a device, which takes a compiler there; it is tried on a sum."""
+    try:
+        # In this process, as a pool of compilers would be left when it ends; what lies in a cache shows no compiler.
+        with torch._inductor.config.patch(compile_threads=1, fx_graph_cache=False):
+            torch.compile(_sum, fullgraph=True, dynamic=False)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        warn(fallback("compile: true", f"a compiler for {device.type}", lines[0][:200], "the operations one by one"))
+        return False
+    return True
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
+def choose_frame_stream(config: RuntimeConfig, device: torch.device, warn: Say = unheard) -> FrameStream:
     """The decoder of latents on a device, as `model.decoder` says. Raises CheckpointError, ConfigError."""
     size = (config.video.latent_height, config.video.latent_width)
+    native = choose_native(config, device, warn)
     decoder: FrameDecoder
     if config.model.decoder == "tiny":
         decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
     else:
-        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, choose_native(config, device))
-    return FrameStream(decoder, config.video, device, choose_recorder(config, device))
+        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, native)
+    return FrameStream(decoder, config.video, device, choose_recorder(config, device, warn))
 
 
-def choose_native(config: RuntimeConfig, device: torch.device) -> Native | None:
-    """Compiled operations for a single thread of a CPU, unless `execution.native` says no."""
-    wanted = config.execution.native and device.type == "cpu" and torch.get_num_threads() == 1
-    return compiled() if wanted else None
+def choose_native(config: RuntimeConfig, device: torch.device, warn: Say = unheard) -> Native | None:
+    """Compiled operations for the full decoder in a single thread of a CPU, unless `execution.native` says no."""
+    wanted = config.execution.native
+    if not wanted:
+        return None
+    lack = None
+    if config.model.decoder != "full":
+        lack = "model.decoder: full", config.model.decoder
+    elif device.type != "cpu":
+        lack = "a CPU", str(device)
+    elif torch.get_num_threads() != 1:
+        lack = "stages.vae_decoder.threads: 1", str(torch.get_num_threads())
+    try:
+        if lack is None:
+            return compiled()
+    except NotCompiled as error:
+        lack = error.needs, error.found
+    if wanted is True:
+        warn(fallback("native: true", *lack, "PyTorch's operations"))
+    return None
 
 
-def choose_recorder(config: RuntimeConfig, device: torch.device) -> Recorder:
+def choose_recorder(config: RuntimeConfig, device: torch.device, warn: Say = unheard) -> Recorder:
     """CUDA graphs on a GPU, unless `execution.graphs` says no."""
-    return CudaGraphs(device) if config.execution.graphs and device.type == "cuda" else run_directly
+    wanted = config.execution.graphs
+    if wanted and device.type == "cuda":
+        return CudaGraphs(device)
+    if wanted is True:
+        warn(fallback("graphs: true", "a CUDA device", device, "every operation launched by itself"))
+    return run_directly

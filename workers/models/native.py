@@ -24,6 +24,14 @@ LONGEST_S = 60.0
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+class NotCompiled(Exception):
+    """The operations are not to be had here: what they need, and what there is, in words."""
+
+    def __init__(self, needs: str, found: str) -> None:
+        super().__init__(f"needs {needs}, found {found}")
+        self.needs, self.found = needs, found
+
+
 class Native:
     """The compiled operations, on contiguous tensors of the CPU; those of other dtypes must not come.
 
@@ -58,21 +66,34 @@ class Native:
         return getattr(self._library, "_".join(words))
 
 
-def compiled() -> Native | None:
-    """The operations, or None where they cannot be had or would not be faster."""
+def compiled() -> Native:
+    """The operations. Raises NotCompiled where they cannot be had or would not be faster."""
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if "AVX512" not in vectors:
+        raise NotCompiled("a CPU with AVX-512", vectors)
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None or sys.platform != "linux" or "AVX512" not in torch.backends.cpu.get_cpu_capability():
-        return None
+    if compiler is None:
+        raise NotCompiled(f"a compiler ({' or '.join(COMPILERS)})", "none")
+    if sys.platform != "linux":
+        raise NotCompiled("Linux", sys.platform)
     file = os.memfd_create("native")  # in no folder: whoever is killed meanwhile leaves nothing there
     library = f"/proc/self/fd/{file}"
     try:
         command = [compiler, *FLAGS, str(SOURCE), "-o", library]
         subprocess.run(command, capture_output=True, check=True, timeout=LONGEST_S, pass_fds=(file,))
         return Native(ctypes.CDLL(library))
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotCompiled(f"what {compiler} makes of {SOURCE.name}", _line(error)) from error
     finally:
         os.close(file)
+
+
+def _line(error: OSError | subprocess.SubprocessError) -> str:
+    """The first thing that the compiler says, or else the error."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"nothing after {error.timeout:.0f} s"
+    said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+    return said.splitlines()[0][:200]
 
 
 def _longs(*numbers: int) -> tuple[ctypes.c_long, ...]:
