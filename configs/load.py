@@ -14,7 +14,8 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from configs.schema import Preset, RuntimeConfig
+from configs.adaptive import at_preset, check_presets
+from configs.schema import AdaptiveConfig, Preset, RuntimeConfig
 from ipc.errors import ConfigError
 
 SHIPPED = Path(__file__).parent
@@ -59,6 +60,8 @@ def load_preset(name: str) -> Preset:
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RuntimeConfig:
     """The checked configuration of a run: the file, over it the changes of its `preset`, over these the overrides.
 
+    Where `adaptive` has a target and no preset is named, it is the first that `adaptive` lists.
+
     Args:
         name_or_path: a shipped name, or the path of a YAML file.
         overrides: `part.key=value`, the value in YAML; a missing part is created. `preset=NAME` names the preset.
@@ -69,24 +72,38 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RuntimeConf
     path = _config_file(name_or_path)
     tree = _read_mapping(path)
     _place_weights(tree, path.parent)
-    own, changes = _partition(overrides, lambda text: text.partition("=")[0].strip() == "preset")
-    for override in own:
+    first, changes = _partition(overrides, lambda text: re.split(r"[.=]", text)[0].strip() in ("preset", "adaptive"))
+    for override in first:
         _apply(tree, override)
+    if tree.get("preset") is None:
+        tree["preset"] = _best_listed(tree.get("adaptive"))
     if isinstance(tree.get("preset"), str):
         _merge(tree, load_preset(tree["preset"]).changes)
     for override in changes:
         _apply(tree, override)
     try:
         config = RuntimeConfig.model_validate(tree)
+        if config.adaptive.is_on:
+            check_presets(config, {name: load_preset(name) for name in config.adaptive.presets}, changes)
     except ValidationError as error:
         raise explain(error, str(path), overrides) from error
     return _with_absolute_paths(config)
 
 
+def configs_at_presets(config: RuntimeConfig) -> dict[str, RuntimeConfig]:
+    """What the denoiser runs at each preset it can change to, by name, the best first; {} where it has no target."""
+    names = config.adaptive.presets if config.adaptive.is_on else ()
+    return {name: at_preset(config, load_preset(name)) for name in names}
+
+
 def as_yaml(config: RuntimeConfig) -> str:
-    """The whole configuration as YAML that `load_config` reads back; what a preset changed is in it already."""
+    """The whole configuration as YAML that `load_config` reads back; what a preset changed is in it already.
+
+    The preset is named only where the run begins with it and may leave it.
+    """
+    exclude = set() if config.adaptive.is_on else {"preset"}
     text: str = yaml.safe_dump(
-        config.model_dump(mode="json", exclude={"preset"}), sort_keys=False, allow_unicode=True, width=120
+        config.model_dump(mode="json", exclude=exclude), sort_keys=False, allow_unicode=True, width=120
     )
     return text
 
@@ -201,6 +218,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         part[name] = dict(below or {})
         part = part[name]
     part[parts[-1]] = value
+
+
+def _best_listed(adaptive: Any) -> str | None:
+    """The preset that a run with a target begins with; None without one, and where it is not what it should be."""
+    if not isinstance(adaptive, dict) or all(adaptive.get(key) is None for key in ("target_rtf", "target_p99_ms")):
+        return None
+    listed = adaptive.get("presets", AdaptiveConfig().presets)
+    best = listed[0] if isinstance(listed, list | tuple) and listed else None
+    return best if isinstance(best, str) else None
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:

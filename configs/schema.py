@@ -390,6 +390,40 @@ class ExecutionConfig(Part):
         return self
 
 
+class AdaptiveConfig(Part):
+    """Presets that the denoiser changes between at block boundaries, the best picture first, the fastest last.
+
+    `target_rtf` is how much faster than real time blocks are made on average, `target_p99_ms` what 99 of 100 may take;
+    both null is off. Counted is the denoiser's time for a block, without waits and without blocks that begin with a
+    prompt. It changes to the next faster preset when the last `window` blocks miss the target, back when the better
+    one is expected to take at most `headroom` of what the target allows, at the earliest `wait` blocks after the last
+    change. A way back that did not hold doubles that wait, up to `longest_wait`; after as many blocks without a change
+    it forgets how slow the better preset was.
+    """
+
+    presets: Annotated[tuple[str, ...], Field(min_length=2)] = ("quality", "balanced", "speed")
+    target_rtf: Annotated[float, Field(gt=0)] | None = None
+    target_p99_ms: Annotated[float, Field(gt=0)] | None = None
+    window: PositiveInt = 8
+    headroom: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    wait: PositiveInt = 16
+    longest_wait: PositiveInt = 512
+
+    @property
+    def is_on(self) -> bool:
+        return self.target_rtf is not None or self.target_p99_ms is not None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "AdaptiveConfig":
+        if self.target_rtf is not None and self.target_p99_ms is not None:
+            raise ValueError("found both target_rtf and target_p99_ms, expected one of them")
+        if len(set(self.presets)) < len(self.presets):
+            raise ValueError(f"presets must differ, found {', '.join(self.presets)}")
+        if self.wait > self.longest_wait:
+            raise ValueError(f"wait must be at most longest_wait {self.longest_wait}, found {self.wait}")
+        return self
+
+
 class Preset(Part):
     """Changes to a configuration that belong together.
 
@@ -405,7 +439,7 @@ class Preset(Part):
 
 
 class RuntimeConfig(Part):
-    """A whole run. `preset` names the preset whose changes are in it."""
+    """A whole run. `preset` names the preset whose changes are in it; where it adapts, the one that it begins with."""
 
     name: str
     preset: str | None = None
@@ -417,6 +451,7 @@ class RuntimeConfig(Part):
     video: VideoConfig
     stream: StreamConfig = StreamConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    adaptive: AdaptiveConfig = AdaptiveConfig()
     stages: StagesConfig = StagesConfig()
     rings: RingsConfig = RingsConfig()
     output: OutputConfig = OutputConfig()

@@ -120,11 +120,15 @@ class SinkStatus(Message):
 
 
 class Status(Message):
-    """Snapshot of a run. `fps` counts frames that left playout; `rtf` is fps over the native rate."""
+    """Snapshot of a run. `fps` counts frames that left playout; `rtf` is fps over the native rate.
+
+    `preset` is the one in force, None where the run names none.
+    """
 
     type = "status"
     state: Name
     config: Name
+    preset: Name | None
     pid: Count
     width: Count
     height: Count
@@ -198,6 +202,19 @@ class WorkerRestarted(Message):
     reason: Line
 
 
+class PresetChanged(Message):
+    """From this block on the denoiser is at another preset, because of what it measured; `unit` is rtf or p99_ms."""
+
+    type = "event.preset"
+    block: Count
+    old: Name
+    new: Name
+    unit: Name
+    measured: float
+    target: float
+    reason: Line
+
+
 class BlockTimes(Message):
     """When a stage began and ended its work on a block."""
 
@@ -238,10 +255,14 @@ class ExpectPrompt(Message):
 
 
 class Begin(Message):
-    """To the denoiser: generate from this block on; past block 0 the cache is recomputed from the retained latents."""
+    """To the denoiser: generate from this block on; past block 0 the cache is recomputed from the retained latents.
+
+    `preset`: the one to begin at, where the run adapts; None for the run's own.
+    """
 
     type = "begin"
     block: Count
+    preset: Name | None = None
 
 
 class Drain(Message):
@@ -407,6 +428,19 @@ class PromptApplied(Message):
     block: Count
 
 
+class PresetApplied(Message):
+    """Denoiser: a preset is in force from this block on; as `PresetChanged`."""
+
+    type = "preset_applied"
+    block: Count
+    old: Name
+    new: Name
+    unit: Name
+    measured: float
+    target: float
+    reason: Line
+
+
 class BlockDone(Message):
     """A model stage finished a block."""
 
@@ -467,6 +501,7 @@ EVENTS: tuple[type[Message], ...] = (
     OnAir,
     Discontinuity,
     WorkerRestarted,
+    PresetChanged,
     BlockTimes,
     SinkChanged,
 )
@@ -492,6 +527,7 @@ TO_DAEMON: tuple[type[Message], ...] = (
     PromptEncoded,
     PromptRefused,
     PromptApplied,
+    PresetApplied,
     BlockDone,
     VersionPlayed,
     PlayoutReport,

@@ -56,6 +56,17 @@ PresetOption = Annotated[
     str | None,
     typer.Option(help=f"Changes that belong together: {', '.join(preset_names())}. --set comes on top."),
 ]
+TargetRtfOption = Annotated[
+    float | None,
+    typer.Option(help="Change presets to stay that much faster than real time: 1.2. Same as adaptive.target_rtf."),
+]
+TargetP99Option = Annotated[
+    float | None,
+    typer.Option(
+        "--target-p99-ms",
+        help="Change presets so that 99 of 100 blocks take no longer. Same as adaptive.target_p99_ms.",
+    ),
+]
 SeedOption = Annotated[int | None, typer.Option(min=0, max=MOST, help="Seed of the noise.")]
 OutOption = Annotated[
     list[str] | None,
@@ -96,6 +107,8 @@ def start(
     ] = None,
     ffmpeg: FfmpegOption = None,
     preset: PresetOption = None,
+    target_rtf: TargetRtfOption = None,
+    target_p99_ms: TargetP99Option = None,
     overrides: SetOption = None,
     log: Annotated[Path | None, typer.Option(help="File for the workers' log; else standard error.")] = None,
 ) -> None:
@@ -111,7 +124,8 @@ def start(
 
     orchestrator start --config longlive-1.3b --set model.path=~/LongLive --out rtmp://localhost/live/key
     """
-    options = RunOptions(config, _settings(preset, overrides), prompt, seed, out or (), pace, ffmpeg)
+    settings = _settings(preset, target_rtf, target_p99_ms, overrides)
+    options = RunOptions(config, settings, prompt, seed, out or (), pace, ffmpeg)
     resolved = prepare_config(options)
     plan = live_plan(resolved, seconds, log)
     with RunDirectory.open(locate()) as directory:
@@ -138,6 +152,8 @@ def generate(
     config: ConfigOption = "pocket",
     ffmpeg: FfmpegOption = None,
     preset: PresetOption = None,
+    target_rtf: TargetRtfOption = None,
+    target_p99_ms: TargetP99Option = None,
     overrides: SetOption = None,
     inputs: Annotated[
         Path | None, typer.Option(help="Safetensors with noise or embeddings to use instead of drawn ones.")
@@ -155,7 +171,7 @@ def generate(
     """
     if not out:
         raise InputError("--out: found nothing, expected a target such as video.mp4")
-    settings = _settings(preset, overrides)
+    settings = _settings(preset, target_rtf, target_p99_ms, overrides)
     paced = any(setting.partition("=")[0].strip() == "output.pace" for setting in settings)
     texts = prompts_of(prompts, line)
     switches = parse_switch_frames(switch_frames)
@@ -221,9 +237,16 @@ def version() -> None:
 
 
 @config_app.command()
-def show(config: ConfigOption = "pocket", preset: PresetOption = None, overrides: SetOption = None) -> None:
+def show(
+    config: ConfigOption = "pocket",
+    preset: PresetOption = None,
+    target_rtf: TargetRtfOption = None,
+    target_p99_ms: TargetP99Option = None,
+    overrides: SetOption = None,
+) -> None:
     """Print a configuration with all defaults and changes, as YAML that --config reads back."""
-    typer.echo(as_yaml(load_config(config, _settings(preset, overrides))), nl=False)
+    settings = _settings(preset, target_rtf, target_p99_ms, overrides)
+    typer.echo(as_yaml(load_config(config, settings)), nl=False)
 
 
 @config_app.command()
@@ -234,9 +257,12 @@ def presets() -> None:
         typer.echo(f"{name:<11} {'exact' if preset.exact else 'not exact':<10} {preset.about}")
 
 
-def _settings(preset: str | None, overrides: Sequence[str] | None) -> list[str]:
-    """Changes to the configuration, the preset's first."""
-    return [*([] if preset is None else [f"preset={preset}"]), *(overrides or ())]
+def _settings(
+    preset: str | None, target_rtf: float | None, target_p99_ms: float | None, overrides: Sequence[str] | None
+) -> list[str]:
+    """Changes to the configuration; --set comes on top of what has an option of its own."""
+    own = {"preset": preset, "adaptive.target_rtf": target_rtf, "adaptive.target_p99_ms": target_p99_ms}
+    return [*(f"{key}={value}" for key, value in own.items() if value is not None), *(overrides or ())]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,8 @@ from ipc.messages import (
     Loading,
     Message,
     PlayoutReport,
+    PresetApplied,
+    PresetChanged,
     PromptApplied,
     PromptRefused,
     Ready,
@@ -128,6 +130,7 @@ class Daemon:
         self._deadline_ns: int | None = None
         self._up_ns: int | None = None
         self._ended_ns = 0
+        self._preset: str | None = None
         self._error: str | None = None
         self._exit_code = 0
 
@@ -227,6 +230,10 @@ class Daemon:
                     self._finish()
             case PromptApplied():
                 self._prompts.applied(message)
+            case PresetApplied():
+                self._preset = message.new
+                self._desk.publish(PresetChanged(**message.model_dump()))
+                self._reporter.note(f"preset {message.new} from block {message.block} on: {message.reason}")
             case BlockDone():
                 self._desk.publish(BlockTimes(**message.model_dump()))
             case VersionPlayed():
@@ -299,7 +306,7 @@ class Daemon:
         self._prompts.resume_at(block)
         if self._phase is Phase.DRAINING:
             self._send("denoiser", Drain())
-        self._send("denoiser", Begin(block=block))
+        self._send("denoiser", Begin(block=block, preset=self._preset))
         self._desk.publish(Discontinuity(block=block, reason="the denoiser was restarted"))
 
     def _died(self, worker: Worker, how: str) -> None:

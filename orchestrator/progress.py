@@ -158,9 +158,10 @@ def _overview(status: Status) -> Table:
     table = Table.grid(padding=(0, 2))
     block = "not known yet" if status.block_ms is None else f"{status.block_ms:.0f} ms"
     first = "none yet" if status.first_frame_s is None else f"after {status.first_frame_s:.1f} s"
+    preset = "" if status.preset is None else f", preset {status.preset}"
     rows = {
         "state": status.state,
-        "config": f"{status.config}, {status.width}x{status.height}, seed {status.seed}, {status.placement}",
+        "config": f"{status.config}{preset}, {status.width}x{status.height}, seed {status.seed}, {status.placement}",
         "prompt": f"version {status.version}: {status.prompt}",
         "position": f"block {status.block}, frame {status.frame}, first frame {first}, up {status.uptime_s:.0f} s",
         "speed": f"{status.fps:.1f} fps, {block} a block, RTF {status.rtf:.2f}, pace {status.pace}",

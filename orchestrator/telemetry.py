@@ -11,6 +11,7 @@ from ipc.messages import (
     Heartbeat,
     Message,
     PlayoutReport,
+    PresetApplied,
     PromptEncoded,
     Ready,
     SinkStatus,
@@ -63,6 +64,7 @@ class Telemetry:
         self._config = config
         self._started_ns = started_ns
         self.stages: dict[StageName, StageRecord] = {name: StageRecord() for name in STAGES}
+        self.preset = config.preset
         self.next_block = 0
         self.frames = 0
         self.fps = 0.0
@@ -90,6 +92,8 @@ class Telemetry:
                 self._record(message.stage).block_ms.append((message.ended_ns - message.began_ns) / 1e6)
                 if message.stage == "denoiser":
                     self.next_block = message.block + 1
+            case PresetApplied():
+                self.preset = message.new
             case PromptEncoded():
                 self.cache_hits += message.cached
                 self.cache_misses += not message.cached
@@ -149,6 +153,7 @@ class Telemetry:
         return Status(
             state=state,
             config=config.name,
+            preset=self.preset,
             pid=pid,
             width=config.video.width,
             height=config.video.height,

@@ -88,6 +88,7 @@ def a_status(prompt: str = "a red circle moving right") -> Status:
     return Status(
         state="running",
         config="pocket",
+        preset="balanced",
         pid=11,
         width=224,
         height=128,

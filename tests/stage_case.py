@@ -1,5 +1,6 @@
 """A denoiser stage for tests, with a tiny model and its rings in this process's memory; the test is its neighbours."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class DenoiserCase:
         on_pass: called after every transformer pass, as progress is.
         begin: the block at which the denoiser goes on after a restart.
         to_decoder: wakes the VAE decoder.
+        clock: nanoseconds, rising.
 
     Attributes:
         passes: how many there were.
@@ -80,6 +82,7 @@ class DenoiserCase:
         on_pass: Callable[[], object] = lambda: None,
         begin: int = 0,
         to_decoder: Send = ignore,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.config = tiny_config(*overrides)
         rings = ring_specs(self.config)
@@ -99,6 +102,7 @@ class DenoiserCase:
             history=self.history,
             to_daemon=self.said.append,
             on_pass=self._count,
+            clock=clock,
         )
         self.stage.load()
         self.stage.receive(Begin(block=begin))
@@ -115,11 +119,9 @@ class DenoiserCase:
 
     def prompt(self, version: int, at: int | None = None, tokens: int = 4) -> None:
         """A prompt's embeddings come out of the text encoder; they are the version's alone."""
-        generator = torch.Generator().manual_seed(version)
-        embeds = torch.randn(tokens, self.config.model.transformer.text_dim, generator=generator)
         slot = self._text_encoder.acquire()
         assert slot is not None
-        self._embeds.slots.tensor(slot)[:tokens] = embeds
+        self._embeds.slots.tensor(slot)[:tokens] = self.embeds(version, tokens)
         self._text_encoder.publish(
             slot,
             EmbedsReady(
@@ -132,6 +134,11 @@ class DenoiserCase:
                 sent_ns=0,
             ),
         )
+
+    def embeds(self, version: int, tokens: int = 4) -> Tensor:
+        """[tokens, text_dim]."""
+        generator = torch.Generator().manual_seed(version)
+        return torch.randn(tokens, self.config.model.transformer.text_dim, generator=generator)
 
     def block(self) -> MadeBlock:
         """Lets the stage work until it has made a block."""

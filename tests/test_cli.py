@@ -232,6 +232,14 @@ def test_start_passes_what_was_typed(run: Run, daemon: RecordingDaemon, run_path
     assert "denoiser: reading weights\ndenoiser: ready\n" in err
 
 
+def test_a_target_is_shorthand_for_its_setting(run: Run, daemon: RecordingDaemon) -> None:
+    assert run("start", "--target-rtf", "1.2", "--preset", "balanced")[0] == 0
+    assert daemon.config == load_config("pocket", ["adaptive.target_rtf=1.2", "preset=balanced"])
+    code, out, _ = run("config", "show", "--target-p99-ms", "700")
+    assert code == 0 and "target_p99_ms: 700.0" in out and "preset: quality" in out
+    _check_error(run("start", "--target-rtf", "1", "--target-p99-ms", "700"), 2, ["both target_rtf and target_p99_ms"])
+
+
 def test_start_alone_runs_the_shipped_default_until_it_is_stopped(run: Run, daemon: RecordingDaemon) -> None:
     assert run("start")[0] == 0
     assert daemon.config == load_config("pocket")
@@ -368,7 +376,15 @@ def test_status_for_people_and_for_programs(run: Run, run_path: Path) -> None:
         assert set(json.loads(out)) == set(Status.model_fields)
         code, out, _ = run("status")
         assert code == 0
-        for word in ("16.0 fps", "130 ms a block", "RTF 1.00", "version 3: a [red] fox", "denoiser", "null:"):
+        for word in (
+            "16.0 fps",
+            "130 ms a block",
+            "RTF 1.00",
+            "version 3: a [red] fox",
+            "pocket, preset balanced",
+            "denoiser",
+            "null:",
+        ):
             assert word in out
         assert "\x1b" not in out, "a prompt of somebody else must not steer the terminal"
 

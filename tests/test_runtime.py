@@ -12,11 +12,12 @@ import psutil
 import pytest
 from command import Command, alive, family, until
 from rtmp_server import RtmpServer
+from tiny_files import TINY
 from video_file import probe
 
 from configs.schema import MODEL_STAGES
 from ipc.errors import NotRunning, Refused
-from ipc.messages import Applied, OnAir, Status, Superseded
+from ipc.messages import Applied, OnAir, PresetChanged, Status, Superseded
 from orchestrator.async_client import AsyncClient
 from orchestrator.client import Client
 
@@ -269,6 +270,42 @@ def test_asyncio_and_events(start: Start, command: Command) -> None:
     assert status.prompt == "a blue star"
     assert {"event.block", "event.applied", "event.on_air"} <= kinds
     assert "abstract" in live.ends()
+
+
+TINY_SETTINGS = (*TINY, "video.height=32", "video.width=32", "placement=thread")
+TINY_RUN = [argument for setting in TINY_SETTINGS for argument in ("--set", setting)]
+"""Networks as small as they come in one process, for what does not depend on them."""
+BETWEEN_TWO = ("--set", "adaptive.presets=[quality, balanced]", "--set", "adaptive.wait=2")
+
+
+def test_a_target_out_of_reach_steps_down_and_a_restarted_denoiser_stays_there(start: Start) -> None:
+    """It says so once, as an event, in the status and to whoever started it."""
+    target = ("--target-rtf", 10**6, *BETWEEN_TWO, "--set", "adaptive.window=20")
+    live = start("--pace", "free", *TINY_RUN, *target)
+    client = live.client()
+    assert client.status().preset == "quality"
+    event = next(event for event in client.events(timeout_s=60) if isinstance(event, PresetChanged))
+    assert (event.old, event.new, event.unit, event.target) == ("quality", "balanced", "rtf", 10**6)
+    assert event.block == 4 + 1 + 20, "of a full window, without the first"
+    assert 0 < event.measured < event.target
+    live.generating()
+    os.kill(live.worker(client.status(), "denoiser"), signal.SIGKILL)
+    until(lambda: client.status().stages["denoiser"].restarts == 1, 20)
+    block = client.status().block
+    until(lambda: client.status().block > block + 60, 60)
+    assert client.status().preset == "balanced"
+    client.stop()
+    output = live.ends()
+    assert output.count("preset balanced from block 25 on: RTF") == output.count("preset balanced from block") == 1
+
+
+def test_a_target_within_reach_steps_up(command: Command, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompts": ["a red circle"]}) + "\n", encoding="utf-8")
+    target = ("--target-p99-ms", 10**6, "--preset", "balanced", *BETWEEN_TWO, "--set", "adaptive.window=2")
+    done = command.run("generate", "--prompts", prompts, "--blocks", 9, "--out", "null:", *TINY_RUN, *target)
+    assert done.returncode == 0, done.stderr
+    assert "preset quality from block 7 on: p99 " in done.stderr
 
 
 def test_an_rtmp_server_and_a_file_at_once(start: Start, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ipc.messages import (
     PromptDropped,
 )
 from ipc.tensor_ring import Slots
+from workers.adaptive import AdaptivePresets
 from workers.inputs import noise_source
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import LatentHistory, Rollout
@@ -52,6 +53,7 @@ class DenoiserStage:
         inputs: file with noise to use instead of drawn noise.
         dump: file that receives all clean latents when the stream ends.
         on_pass: called after every transformer pass.
+        clock: nanoseconds, rising.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class DenoiserStage:
         inputs: Path | None = None,
         dump: Path | None = None,
         on_pass: Callable[[], None] = lambda: None,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.name: StageName = "denoiser"
         self.note: str | None = None
@@ -79,7 +82,7 @@ class DenoiserStage:
         self._history = history
         self._to_daemon = to_daemon
         self._blocks, self._inputs, self._dump = blocks, inputs, dump
-        self._on_pass = on_pass
+        self._on_pass, self._clock = on_pass, clock
         self._prompts = PromptQueue()
         self._dumped: list[Tensor] = []
         self._credit = -1
@@ -89,13 +92,20 @@ class DenoiserStage:
         self._draining = False
         self._end_at: int | None = None
         self._end_said_ns = 0
+        self._adaptive: AdaptivePresets | None = None
 
     def load(self) -> None:
         """Weights onto the device, and the noise. Raises UserError."""
         config = self._config
         notes: list[str] = []
+        say, warn = notes.append, self.warnings.append
         transformer = load_transformer(config.model, self._device)
-        passes = choose_passes(config, transformer, self._after_pass, notes.append, own=True, warn=self.warnings.append)
+        if config.adaptive.is_on:
+            assert config.preset is not None, "load_config names one"
+            self._adaptive = AdaptivePresets(config, config.preset, transformer, self._after_pass, say, warn)
+            passes = self._adaptive.passes
+        else:
+            passes = choose_passes(config, transformer, self._after_pass, say, own=True, warn=warn)
         self.note = "; ".join(notes)
         self._rollout = Rollout(transformer, config.stream, config.video, LatentHistory(self._history), passes)
         self._noise: NoiseSource = noise_source(self._config, self._rollout.shape, self._inputs, self._blocks)
@@ -111,6 +121,14 @@ class DenoiserStage:
 
     def warm_up(self) -> float:
         """Milliseconds of a block with a full window, on scratch state that is dropped afterwards."""
+        if self._adaptive is None:
+            return self._warm_up_passes()
+        return self._adaptive.warm_up(self._rollout, self._warm_up_passes, self._also_note)
+
+    def _also_note(self, line: str) -> None:
+        self.note = f"{self.note}; {line}"
+
+    def _warm_up_passes(self) -> float:
         rollout = self._rollout
         rollout.begin(LatentHistory(torch.zeros_like(self._history)))
         rollout.passes.record_all()
@@ -118,9 +136,9 @@ class DenoiserStage:
         noise = DrawnNoise(0, rollout.shape)
         rollout.block = self._config.stream.window_blocks
         rollout.denoise_block(noise)
-        began = time.monotonic_ns()
+        began = self._clock()
         rollout.denoise_block(noise).cpu()
-        elapsed_ms = (time.monotonic_ns() - began) / 1e6
+        elapsed_ms = (self._clock() - began) / 1e6
         rollout.begin(LatentHistory(self._history))
         return elapsed_ms
 
@@ -129,6 +147,8 @@ class DenoiserStage:
         match message:
             case Begin():
                 self._begin = message
+                if self._adaptive is not None and message.preset is not None:
+                    self._adaptive.begin_at(message.preset)
             case Credit():
                 self._credit = max(self._credit, message.block)
             case ExpectPrompt():
@@ -155,14 +175,18 @@ class DenoiserStage:
         slot = self._latents.acquire()
         if slot is None:
             return took
-        began = time.monotonic_ns()
+        if self._adaptive is not None and (changed := self._adaptive.before_block(block, self._rollout)):
+            self._to_daemon(changed)
+        began, version = self._clock(), self._prompts.version
         if isinstance(decision, Apply):
             self._put_in_force(decision, block)
         # A block that begins with a prompt is not aborted: every version that was applied is seen.
         may_abort = self._config.stream.switch == "abort" and isinstance(decision, Keep)
         self._hand_over(slot, block, self._denoise(block, may_abort), began)
         self._rollout.remember()
-        self._say_done(block, began)
+        took_ms = self._say_done(block, began)
+        if self._adaptive is not None and self._prompts.version == version:
+            self._adaptive.after_block(block, took_ms)
         return True
 
     def wait_s(self) -> float:
@@ -237,19 +261,20 @@ class DenoiserStage:
                 version=version,
                 fresh=self._fresh,
                 began_ns=began,
-                sent_ns=time.monotonic_ns(),
+                sent_ns=self._clock(),
             ),
         )
         self._fresh = False
 
-    def _say_done(self, block: int, began: int) -> None:
-        """After the last work on a block."""
+    def _say_done(self, block: int, began: int) -> float:
+        """After the last work on a block; the milliseconds it took."""
         version = self._prompts.version
         assert version is not None
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        ended = time.monotonic_ns()
+        ended = self._clock()
         self._to_daemon(BlockDone(stage="denoiser", block=block, version=version, began_ns=began, ended_ns=ended))
+        return (ended - began) / 1e6
 
     def _end(self, block: int) -> None:
         if self._dump is not None:
@@ -259,7 +284,7 @@ class DenoiserStage:
 
     def _say_the_end(self, block: int) -> None:
         """Now and again, because a decoder that is started anew does not know of it."""
-        now = time.monotonic_ns()
+        now = self._clock()
         if now - self._end_said_ns >= SAY_AGAIN_NS:
             self._end_said_ns = now
             self._latents.send_last(EndOfStream(blocks=block))

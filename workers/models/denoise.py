@@ -12,7 +12,7 @@ from ipc.errors import NonFiniteLatents
 from workers.models.blend import Blend
 from workers.models.kv_cache import CacheLayout, CachePlan
 from workers.models.noise import NoiseSource
-from workers.models.passes import Passes, PlainPasses
+from workers.models.passes import Passes, PlainPasses, hand_over
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer
 
@@ -61,7 +61,7 @@ class Rollout:
         self.layout = CacheLayout(stream)
         self.shape = (stream.frames_per_block, LATENT_CHANNELS, video.latent_height, video.latent_width)
         self.passes = passes or PlainPasses(model, stream, video)
-        self._blend_blocks = stream.blend_blocks(video.fps)
+        self._fps = video.fps
         self.begin(history or LatentHistory(torch.zeros(stream.window_blocks, *self.shape)))
 
     def begin(self, history: LatentHistory) -> None:
@@ -83,7 +83,7 @@ class Rollout:
             embeds: [1, n, text_dim] of the prompt's n tokens.
         """
         before = None if self._blend is None else self._blend.at(self.block - 1)
-        self._take_prompt(Blend(before, embeds, self.block, self._blend_blocks))
+        self._take_prompt(Blend(before, embeds, self.block, self.stream.blend_blocks(self._fps)))
         recache = self.layout.recache(self.block, self.anchor) if self.block > 0 else None
         if recache is not None:
             self._recompute(*recache)
@@ -95,6 +95,18 @@ class Rollout:
         self._take_prompt(Blend(None, embeds, block, 1))
         if block > 0:
             self._recompute(*self.layout.reanchor(block))
+
+    @torch.inference_mode()
+    def change(self, passes: Passes, stream: StreamConfig) -> None:
+        """Goes on with other passes from the next block on, over the same keys and values under the same prompt.
+
+        Args:
+            stream: as before, but for `recache`.
+        """
+        hand_over(self.passes, passes)
+        self.passes, self.stream, self.layout = passes, stream, CacheLayout(stream)
+        if self._blend is not None:
+            self._take_prompt(self._blend)
 
     def denoise_block(self, noise: NoiseSource) -> Tensor:
         """Generates the next block: `denoise`, then `remember`."""

@@ -1,12 +1,12 @@
 """Which way of computing a configuration asks for, and a device allows."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from configs.schema import KernelsKind, RuntimeConfig, TransformerConfig
+from configs.schema import KernelsKind, KVKind, RuntimeConfig, TransformerConfig
 from workers.models.attention import AttentionSize, choose_attention
 from workers.models.audit import Audit
 from workers.models.checkpoint import load_tiny_vae, load_vae_decoder
@@ -16,6 +16,7 @@ from workers.models.graphs import CudaGraphs, Recorder, run_directly
 from workers.models.kernels import TORCH, Kernels
 from workers.models.native import Native, NotCompiled, compiled
 from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
+from workers.models.static import StaticTransformer
 from workers.models.static_passes import StaticPasses
 from workers.models.static_vae import StaticVae
 from workers.models.tiny_vae import StaticTinyVae
@@ -42,6 +43,8 @@ def choose_passes(
     *,
     own: bool = False,
     warn: Say = unheard,
+    beside: Sequence[Passes] = (),
+    record: Recorder | None = None,
 ) -> Passes:
     """The denoiser's passes as `model.attention` and `execution` say; graphs only where the model lies on a GPU.
 
@@ -49,6 +52,8 @@ def choose_passes(
         say: told what was chosen and what of it is not exact.
         own: whether the model serves these passes alone; its weights that lie in 8 bits are then given up.
         warn: told what was asked for, is not to be had here, and is done in another way.
+        beside: other passes of the model, of which one runs at a time; their memory is used where it is of the kind.
+        record: as of `StaticPasses`; by `execution.graphs` if not given.
 
     Raises:
         ConfigError: what is asked for does not run here.
@@ -59,12 +64,13 @@ def choose_passes(
     execution = config.execution
     if execution.denoiser == "plain":
         return PlainPasses(model, config.stream, config.video, on_pass)
-    record = choose_recorder(config, model.device, warn)
+    record = record or choose_recorder(config, model.device, warn)
     if execution.audit:
         record = Audit(record, model.device)
     kernels = choose_kernels(execution.kernels, model.device, say, warn)
     compiled = execution.compile and can_compile(model.device, warn)
-    build = partial(StaticPasses, model, config.stream, config.video, on_pass, record, execution.kv)
+    shared = _of_kind(beside, execution.kv)
+    build = partial(StaticPasses, model, config.stream, config.video, on_pass, record, execution.kv, beside=shared)
     if execution.linears == "model":
         return build(kernels=kernels, compiled=compiled)
     tokens = config.stream.frames_per_block * config.video.frame_tokens
@@ -78,6 +84,12 @@ def choose_passes(
     if own:
         linears.release(model)
     return passes
+
+
+def _of_kind(passes: Sequence[Passes], kv: KVKind) -> StaticTransformer | None:
+    """The first that keeps keys and values that way."""
+    static = (each.static for each in passes if isinstance(each, StaticPasses))
+    return next((each for each in static if each.kv == kv), None)
 
 
 def attention_size(config: RuntimeConfig, transformer: TransformerConfig) -> AttentionSize:

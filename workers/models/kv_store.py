@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import KVKind, StreamConfig
-from workers.models.kernels import quantised, turned
+from workers.models.kernels import Codes, quantised, turned
 from workers.models.rope import Rotation
 
 
@@ -39,6 +39,15 @@ class LayerKV:
     def visible(self, slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first slots, each [slots * block tokens, heads, head_dim]."""
         return self.k[:slots].flatten(0, 1), self.v[:slots].flatten(0, 1)
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of it as numbers: `k`, `v`, `sink_k`."""
+        return self.k, self.v, self.sink_k
+
+    def fill(self, k: Tensor, v: Tensor, sink_k: Tensor) -> None:
+        """Takes over what another layer's `read` gave, whatever it is kept in."""
+        for mine, new in ((self.k, k), (self.v, v), (self.sink_k, sink_k)):
+            mine.copy_(new)
 
 
 class KVStore:
@@ -112,6 +121,19 @@ class QuantisedLayerKV(LayerKV):
         parts = ((self.k, self.k_scale), (self.v, self.v_scale))
         k, v = ((codes[:slots].float() * scale[:slots]).to(self.dtype) for codes, scale in parts)
         return k.flatten(0, 1), v.flatten(0, 1)
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        k, v, sink_k = (codes.float() * scale for codes, scale in self._parts())
+        return k, v, sink_k
+
+    def fill(self, k: Tensor, v: Tensor, sink_k: Tensor) -> None:
+        for (mine, scales), new in zip(self._parts(), (k, v, sink_k), strict=True):
+            codes, scale = quantised(new, mine.dtype)
+            mine.copy_(codes)
+            scales.copy_(scale)
+
+    def _parts(self) -> tuple[Codes, ...]:
+        return Codes(self.k, self.k_scale), Codes(self.v, self.v_scale), Codes(self.sink_k, self.sink_scale)
 
     def _put(self, mine: Tensor, scales: Tensor, slots: Tensor, new: Tensor) -> None:
         codes, scale = quantised(new.unflatten(0, (-1, self.block_tokens)), mine.dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from configs.schema import PATCH, StreamConfig, VideoConfig
 from workers.models.kv_cache import CachePlan, KVCache
+from workers.models.kv_store import LayerKV
 from workers.models.noise import NoiseSource
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer, PromptKV
@@ -52,7 +53,17 @@ def undo_for(stream: StreamConfig, touched_by: Callable[[int], list[Tensor]]) ->
 
 
 class Passes(Protocol):
-    """All transformer passes of a stream, over a cache of their own."""
+    """All transformer passes of a stream, over a cache.
+
+    Attributes:
+        sink_at: position at which the sink's keys stand, None before there are any.
+    """
+
+    sink_at: int | None
+
+    @property
+    def layers(self) -> list[LayerKV]:
+        """The cache of every layer."""
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +83,14 @@ class Passes(Protocol):
 
     def remember(self, plan: CachePlan, clean: Tensor) -> None:
         """Keys and values of clean latents [1, k * F, 16, h, w] of the plan's blocks."""
+
+
+def hand_over(old: Passes, new: Passes) -> None:
+    """Puts what one cache holds into another of the same slots; nothing is copied where they are the same memory."""
+    for mine, theirs in zip(new.layers, old.layers, strict=True):
+        if mine.k.data_ptr() != theirs.k.data_ptr():
+            mine.fill(*theirs.read())
+    new.sink_at = old.sink_at
 
 
 class PlainPasses:
@@ -105,6 +124,20 @@ class PlainPasses:
     def nbytes(self) -> int:
         return self.cache.nbytes
 
+    @property
+    def sink_at(self) -> int | None:
+        return self.cache.sink_at
+
+    @sink_at.setter
+    def sink_at(self, position: int | None) -> None:
+        self.cache.sink_at = position
+
+    @property
+    def layers(self) -> list[LayerKV]:
+        cache = self.cache
+        parts = (part[:, 0].unflatten(1, (-1, cache.block_tokens)) for part in (cache.k, cache.v, cache.sink_k))
+        return [LayerKV(*layer) for layer in zip(*parts, strict=True)]
+
     def record_all(self) -> None:
         """Nothing: every pass is launched anew."""
 
@@ -114,7 +147,7 @@ class PlainPasses:
     def denoise(self, plan: CachePlan, block: int, noise: NoiseSource) -> Tensor | None:
         timesteps = self.schedule.steps
         if self._undo is not None:
-            self._undo.keep(plan.slots[0], self.cache.sink_at)
+            self._undo.keep(plan.slots[0], self.sink_at)
         x = noise.start(block).to(self.model.device)
         for step, timestep in enumerate(timesteps):
             clean = self.schedule.clean(x, self._pass(x, timestep, plan), timestep)
@@ -123,7 +156,7 @@ class PlainPasses:
                 break
             if ended and self._undo is not None:
                 self._undo.put_back()
-                self.cache.sink_at = self._undo.sink_at
+                self.sink_at = self._undo.sink_at
                 return None
             renoise = noise.between(block, step).to(self.model.device)
             x = self.schedule.add_noise(clean, renoise, timesteps[step + 1])

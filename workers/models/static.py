@@ -40,11 +40,20 @@ PADDING_KEYS = {torch.float32: 1, torch.bfloat16: 3, torch.float16: 3}
 def fuse_qkv(layer: Layer) -> tuple[Tensor, Tensor]:
     """Weight [3 dim, dim] and bias [3 dim] of a layer's self-attention; its linears become views of them."""
     linears = [layer.self_attn.q, layer.self_attn.k, layer.self_attn.v]
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    bias = torch.cat([linear.bias.detach() for linear in linears])
+    weight = joined([linear.weight.detach() for linear in linears])
+    bias = joined([linear.bias.detach() for linear in linears])
     for linear, part, offset in zip(linears, weight.chunk(3), bias.chunk(3), strict=True):
         linear.weight, linear.bias = nn.Parameter(part, False), nn.Parameter(offset, False)
     return weight, bias
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one, [n * rows, ...]; a view where they are its parts already."""
+    first, size = parts[0], parts[0].nbytes
+    places = [(part.untyped_storage().data_ptr(), part.data_ptr()) for part in parts]
+    if places != [(places[0][0], places[0][1] + number * size) for number in range(len(parts))]:
+        return torch.cat(parts)
+    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
 
 
 class StaticLayer:
@@ -185,6 +194,7 @@ class StaticTransformer:
         linear: makes the layers' linears.
         kernels: what computes the small operations.
         compiled: whether torch.compile makes what lies between attentions.
+        beside: another of the same model, stream, picture and `kv`, to work in whose memory; never both at once.
 
     Attributes:
         noise: [steps - 1, F, 16, h, w] float32, what is mixed back in after each step but the last.
@@ -204,14 +214,24 @@ class StaticTransformer:
         linear: MakeLinear = plain_linear,
         kernels: Kernels = TORCH,
         compiled: bool = False,
+        beside: "StaticTransformer | None" = None,
     ) -> None:
-        config, device = model.config, model.device
-        self.model, self.stream, self.kernels = model, stream, kernels
+        self.model, self.stream, self.kernels, self.kv = model, stream, kernels, kv
         schedule = Schedule.from_config(stream)
         self.sigmas = [schedule.sigma_at(step) for step in schedule.steps]
         self.rows, self.columns = video.latent_height // PATCH, video.latent_width // PATCH
+        if beside is None:
+            self._allocate(video)
+        else:
+            self.store, self.text, self.noise, self.latents = beside.store, beside.text, beside.noise, beside.latents
+            self.past, self.turn, self.sink_turn, self.slots = beside.past, beside.turn, beside.sink_turn, beside.slots
+        self._bake((*schedule.steps, float(stream.context_noise)), linear, compiled)
+
+    def _allocate(self, video: VideoConfig) -> None:
+        model, stream = self.model, self.stream
+        config, device = model.config, model.device
         self.store = new_store(
-            kv,
+            self.kv,
             stream,
             model.dtype,
             layers=config.num_layers,
@@ -228,7 +248,6 @@ class StaticTransformer:
         self.turn = rotation([0] * stream.window, self.rows, self.columns, config.head_dim, device)
         self.sink_turn = Rotation(*(t[: stream.sink * video.frame_tokens].clone() for t in self.turn))
         self.slots = torch.zeros(stream.window_blocks, dtype=torch.int64, device=device)
-        self._bake((*schedule.steps, float(stream.context_noise)), linear, compiled)
 
     def place(self, turn: Rotation, frames: Sequence[int]) -> None:
         """Puts the tokens of one of the two tables at these frames' positions, from its first token on."""

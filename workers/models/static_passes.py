@@ -12,6 +12,7 @@ from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.kernels import TORCH, Kernels
 from workers.models.kv_cache import CacheLayout, CachePlan
+from workers.models.kv_store import LayerKV
 from workers.models.noise import NoiseSource
 from workers.models.passes import AfterPass, go_on, undo_for
 from workers.models.static import Shape, StaticTransformer
@@ -26,7 +27,7 @@ class StaticPasses:
 
     Args:
         record: takes what a pass does once, returns how to do it again.
-        kv, linear, kernels, compiled: as of `StaticTransformer`.
+        kv, linear, kernels, compiled, beside: as of `StaticTransformer`.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class StaticPasses:
         linear: MakeLinear = plain_linear,
         kernels: Kernels = TORCH,
         compiled: bool = False,
+        beside: StaticTransformer | None = None,
     ) -> None:
         self.model, self.stream = model, stream
-        self.static = StaticTransformer(model, stream, video, kv, linear, kernels, compiled)
+        self.static = StaticTransformer(model, stream, video, kv, linear, kernels, compiled, beside)
         self._compiled = compiled
         self._compiling = partial(_compiling, stream) if compiled else nullcontext
         self._on_pass = on_pass
@@ -50,24 +52,28 @@ class StaticPasses:
         self.record = record
         self._recorded: dict[Key, Replay] = {}
         self.text_keys = 0
-        self._sink_at: int | None = None
+        self.sink_at: int | None = None
 
     @property
     def nbytes(self) -> int:
         return self.static.store.nbytes
+
+    @property
+    def layers(self) -> list[LayerKV]:
+        return self.static.store.layers
 
     def take_prompt(self, embeds: Tensor) -> None:
         self.text_keys = self.static.text.put(self.model.prompt_kv(embeds), embeds.shape[1])
 
     def denoise(self, plan: CachePlan, block: int, noise: NoiseSource) -> Tensor | None:
         if self._undo is not None:
-            self._undo.keep(plan.slots[0], self._sink_at)
+            self._undo.keep(plan.slots[0], self.sink_at)
         shape = self.fill(plan, block, noise)
         for step in range(len(self.static.sigmas)):
             self._run(step, shape)
             if self._on_pass() and self._undo is not None and step + 1 < len(self.static.sigmas):
                 self._undo.put_back()
-                self._sink_at = self._undo.sink_at
+                self.sink_at = self._undo.sink_at
                 return None
         return self.static.latents.clone()[None]
 
@@ -89,6 +95,7 @@ class StaticPasses:
     def record_all(self) -> None:
         """Records every pass that a stream can meet, for every length of prompt; leaves the buffers as it likes."""
         static = self.static
+        static.slots.zero_()  # a slot that every shape may write to, whatever a stream left there
         for text_keys in static.text.lengths:
             for plan, denoises in all_plans(self.stream):
                 shape = self._shape(plan, text_keys)
@@ -112,14 +119,14 @@ class StaticPasses:
     def _place(self, plan: CachePlan) -> Shape:
         """Writes where the inputs stand and go; moves the sink if it is not there yet."""
         static = self.static
-        if plan.sink is not None and plan.sink != self._sink_at:
+        if plan.sink is not None and plan.sink != self.sink_at:
             static.place(static.sink_turn, range(plan.sink, plan.sink + self.stream.sink))
             self._run("move sink", None)
-            self._sink_at = plan.sink
+            self.sink_at = plan.sink
         static.place(static.turn, plan.frames)
         static.slots[: len(plan.slots)].copy_(torch.tensor(plan.slots), non_blocking=True)
         if plan.slots[0] == 0:
-            self._sink_at = plan.frames[0]
+            self.sink_at = plan.frames[0]
         return self._shape(plan, self.text_keys)
 
     def _shape(self, plan: CachePlan, text_keys: int) -> Shape:
