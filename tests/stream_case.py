@@ -28,9 +28,9 @@ SMALL = VideoConfig(height=32, width=32)
 CPU = torch.device("cpu")
 
 
-def tiny_transformer() -> CausalWanTransformer:
+def tiny_transformer(config: TransformerConfig = TINY) -> CausalWanTransformer:
     """A transformer with fixed random weights, small enough for thousands of blocks."""
-    model = CausalWanTransformer(TINY)
+    model = CausalWanTransformer(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(draw(name, parameter.shape, 1))

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from configs.schema import KVKind, StreamConfig
 from workers.models.denoise import Rollout
+from workers.models.fp8 import Fp8Linears, MakeLinear, plain_linear
 from workers.models.noise import DrawnNoise
 from workers.models.static_passes import StaticPasses
 
@@ -26,13 +27,15 @@ def blocks(passes: StaticPasses, number: int, switches: tuple[int, ...]) -> Tens
     return torch.cat(made, 1)
 
 
-def assert_compiled_equals(stream: StreamConfig, kv: KVKind = "model", switches: tuple[int, ...] = ()) -> None:
+def assert_compiled_equals(
+    stream: StreamConfig, kv: KVKind = "model", switches: tuple[int, ...] = (), linear: MakeLinear = plain_linear
+) -> None:
     """Over 21 blocks after everything was compiled; a stream that compiles more would raise."""
     model = tiny_transformer()
-    plain = blocks(StaticPasses(model, stream, SMALL, kv=kv), 21, switches)
+    plain = blocks(StaticPasses(model, stream, SMALL, kv=kv, linear=linear), 21, switches)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
-    passes = StaticPasses(model, stream, SMALL, kv=kv, compiled=True)
+    passes = StaticPasses(model, stream, SMALL, kv=kv, linear=linear, compiled=True)
     passes.record_all()
     graphs = counters["stats"]["unique_graphs"]
     assert graphs >= before + 3
@@ -57,6 +60,13 @@ def test_every_shape_is_compiled_before_a_stream_begins(
     """One compilation of each of the three methods serves all layers and steps, and none is left for later."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     assert_compiled_equals(stream, kv, switches=(1, 3, 9, 14))
+
+
+def test_layers_that_differ_in_fp8_are_compiled_before_a_stream_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One linear is kept; a layer ends with what the next one takes, and the last with a tensor for the head."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    stream = StreamConfig(frames_per_block=1, window=2, sink=1, steps=(1000,))
+    assert_compiled_equals(stream, switches=(1, 4), linear=Fp8Linears(["blocks.0.ffn.2"]))
 
 
 @pytest.mark.timeout(180)

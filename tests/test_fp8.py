@@ -1,6 +1,7 @@
 """Linears in e4m3: how much they err, what they weigh, and that nothing else is multiplied."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ from configs.schema import LAYER_LINEARS, StreamConfig
 from ipc.errors import ConfigError
 from workers.models.denoise import Rollout
 from workers.models.execution import choose_passes, linear_shapes
-from workers.models.fp8 import Fp8Linear, Fp8Linears, Multiply, choose_multiply, multiply_codes, scaled_mm
-from workers.models.kernels import Codes, quantised
+from workers.models.fp8 import (
+    FAR,
+    Fp8Linear,
+    Fp8Linears,
+    Linear,
+    Multiply,
+    choose_multiply,
+    multiply_codes,
+    scaled_mm,
+)
+from workers.models.kernels import TORCH, Codes, quantised
 from workers.models.noise import DrawnNoise
 from workers.models.passes import PlainPasses
 from workers.models.static_passes import StaticPasses
@@ -26,7 +36,22 @@ STREAMS = cases("stream")
 BAR = 8e-2
 FP8 = "execution.linears=fp8"
 TINY = (FP8, "video.height=32", "video.width=32")
-products = pytest.mark.parametrize("multiply", [multiply_codes, scaled_mm], ids=lambda f: f.__name__)
+
+
+def runs_here() -> bool:
+    """Whether `torch._scaled_mm` takes scales by row on this CPU; torch 2.11 does not."""
+    codes = quantised(torch.ones(16, 16), torch.float8_e4m3fn)
+    try:
+        scaled_mm(codes, codes, torch.ones(16), torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
+by_scaled_mm = pytest.param(
+    scaled_mm, marks=pytest.mark.skipif(not runs_here(), reason="torch._scaled_mm takes no scales by row on this CPU")
+)
+products = pytest.mark.parametrize("multiply", [multiply_codes, by_scaled_mm], ids=lambda f: f.__name__)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -69,6 +94,10 @@ def refuses(*operands: object) -> Tensor:
     raise RuntimeError("needs a newer device\nand a traceback")
 
 
+def is_right(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return multiply_codes(x, weight, bias, dtype)
+
+
 def is_wrong(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return multiply_codes(x, weight, 2 * bias, dtype)
 
@@ -76,11 +105,12 @@ def is_wrong(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tenso
 @pytest.mark.parametrize(
     ("fast", "taken", "said"),
     [
-        (scaled_mm, scaled_mm, "torch._scaled_mm"),
+        (is_right, is_right, "torch._scaled_mm"),
+        pytest.param(*by_scaled_mm.values, scaled_mm, "torch._scaled_mm", marks=by_scaled_mm.marks),
         (refuses, multiply_codes, "float32 products of e4m3 codes, as torch._scaled_mm refuses: needs a newer device"),
         (is_wrong, multiply_codes, "float32 products of e4m3 codes, as torch._scaled_mm is"),
     ],
-    ids=["right", "refuses", "wrong"],
+    ids=["right", "torch", "refuses", "wrong"],
 )
 @dtypes
 def test_the_fast_product_is_tried_once(fast: Multiply, taken: Multiply, said: str, dtype: torch.dtype) -> None:
@@ -104,6 +134,24 @@ def test_with_all_kept_nothing_changes() -> None:
     assert torch.equal(*(first_blocks(passes, 3) for passes in (kept, exact)))
 
 
+@pytest.mark.parametrize("kept", [(), *((f"blocks.*.{name}",) for name in LAYER_LINEARS), ("blocks.1.*", "*.0.ffn.?")])
+def test_codes_made_before_a_linear_are_those_it_would_make(
+    kept: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 to the bit, and every linear in e4m3 is given codes; those that are kept, and the head, tensors."""
+
+    def by_itself(name: str, weight: Tensor, bias: Tensor) -> Linear:
+        made = Fp8Linears(kept)(name, weight, bias)
+        return lambda x: made(x)
+
+    late = first_blocks(StaticPasses(tiny_transformer(), StreamConfig(), SMALL, linear=by_itself), 3)
+    given, call = set(), Fp8Linear.__call__
+    monkeypatch.setattr(Fp8Linear, "__call__", lambda self, x: given.add(type(x)) or call(self, x))
+    early = first_blocks(StaticPasses(tiny_transformer(), StreamConfig(), SMALL, linear=Fp8Linears(kept)), 3)
+    assert given == {Codes}
+    assert torch.equal(early, late)
+
+
 def first_blocks(passes: StaticPasses, blocks: int) -> Tensor:
     """With a prompt switch before the last."""
     rollout = Rollout(passes.model, passes.stream, SMALL, passes=passes)
@@ -124,7 +172,8 @@ def test_weights_in_fp8_are_given_up_by_a_model_of_ones_own() -> None:
     before = sum(parameter.nbytes for parameter in model.parameters())
     passes = choose_passes(config, model, say=notes.append, own=True)
     said = next(note for note in notes if "fp8" in note)
-    assert said.startswith("10 linears in fp8, ") and said.endswith(", by torch._scaled_mm")
+    by = choose_multiply(linear_shapes(model.config), 12, CPU, torch.float32).by
+    assert said.startswith("10 linears in fp8, ") and said.endswith(f", by {by}")
     assert torch.equal(first_blocks(passes, 6), shared)
     kept = sum(parameter.nbytes for parameter in model.parameters() if parameter.device == CPU)
     gone = {name for name, parameter in model.named_parameters() if parameter.device.type == "meta"}
@@ -190,10 +239,28 @@ def test_what_cannot_be_is_refused_in_one_line(settings: list[str], said: str) -
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(
+on_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with fp8"
 )
+
+
+@on_a_gpu
 def test_scaled_mm_is_taken_on_a_gpu() -> None:
     """In the widths of LongLive-1.3B; 4,680 tokens are no multiple of a tile."""
     shapes = linear_shapes(load_config("longlive-1.3b").model.transformer)
     assert choose_multiply(shapes, 4680, torch.device("cuda"), torch.bfloat16).by == "torch._scaled_mm"
+
+
+@on_a_gpu
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "0", reason="needs TRITON_INTERPRET=0")
+@pytest.mark.parametrize(("operation", "out", "width"), [("gelu", 1536, 8960), ("rows", 1536, 1536)])
+def test_fused_codes_are_multiplied_on_a_gpu(operation: str, out: int, width: int) -> None:
+    """Triton's codes by `torch._scaled_mm`, where LongLive-1.3B's feed-forward and attention end."""
+    from workers.models.triton_kernels import TRITON
+
+    x, weight, bias = (numbers(*size).to("cuda", torch.bfloat16) for size in ((4680, width), (out, width), (out,)))
+    made, defined = (
+        Fp8Linear(weight, bias, multiply)(getattr(kernels.fp8, operation)(x))
+        for kernels, multiply in ((TRITON, scaled_mm), (TORCH, multiply_codes))
+    )
+    assert relative_error(made.double(), defined.double()) <= FAR

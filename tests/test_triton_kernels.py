@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,15 @@ import triton.runtime.interpreter as interpreter
 from golden_cases import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_case import SMALL, embeds, tiny_transformer
+from stream_case import SMALL, TINY, embeds, tiny_transformer
 from torch import Tensor
 
 from configs.schema import KVKind, StreamConfig
 from workers.models.denoise import Rollout
+from workers.models.execution import linear_shapes
+from workers.models.fp8 import Fp8Linears, MakeLinear, choose_multiply, plain_linear
 from workers.models.kernels import TORCH, Codes, Kernels
+from workers.models.kv_cache import CacheLayout
 from workers.models.kv_store import KVStore, new_store
 from workers.models.noise import DrawnNoise
 from workers.models.rope import Rotation
@@ -34,6 +38,7 @@ from workers.models.triton_kernels import TRITON
 DEVICE = torch.device("cpu" if triton.knobs.runtime.interpret else "cuda")
 EPS = 1e-6
 ROOT = Path(__file__).parent.parent
+BAR = 8e-2
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 drawn = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 
@@ -100,15 +105,36 @@ def test_norms_equal_their_twins(dtype: torch.dtype, tokens: int, dim: int, gate
     x, y = 3 * draw(tokens, dim, dtype=dtype) + 1, draw(tokens, dim, dtype=dtype)
     gate = draw(dim) if gated else None
     norm = (1 + draw(dim), draw(dim), EPS)
-    assert_same(TRITON.norm_modulate(x, *norm), TORCH.norm_modulate(x, *norm))
-    assert_same_codes(TRITON.norm_modulate_fp8(x, *norm), TORCH.norm_modulate_fp8(x, *norm))
-    total, h = TRITON.gate_norm_modulate(x, y, gate, *norm)
-    assert_same(total, TORCH.gate_norm_modulate(x, y, gate, *norm)[0])
+    assert_same(TRITON.plain.norm_modulate(x, *norm), TORCH.plain.norm_modulate(x, *norm))
+    assert_same_codes(TRITON.fp8.norm_modulate(x, *norm), TORCH.fp8.norm_modulate(x, *norm))
+    total, h = TRITON.plain.gate_norm_modulate(x, y, gate, *norm)
+    assert_same(total, TORCH.plain.gate_norm_modulate(x, y, gate, *norm)[0])
     # One unit of the sum may be many of its norm: the norm is held to the sum that it was made of.
-    assert_same(h, TORCH.norm_modulate(total, *norm))
-    again, codes = TRITON.gate_norm_modulate_fp8(x, y, gate, *norm)
+    assert_same(h, TORCH.plain.norm_modulate(total, *norm))
+    again, codes = TRITON.fp8.gate_norm_modulate(x, y, gate, *norm)
     assert torch.equal(again, total)
-    assert_same_codes(codes, TORCH.norm_modulate_fp8(total, *norm))
+    assert_same_codes(codes, TORCH.fp8.norm_modulate(total, *norm))
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("operation", ["rows", "gelu"])
+@dtypes
+@drawn
+@given(tokens=st.integers(1, 5), dim=st.integers(2, 200), far=st.sampled_from((1, 50)), seed=st.integers(0, 9))
+def test_codes_of_rows_equal_their_twins(
+    dtype: torch.dtype, operation: str, tokens: int, dim: int, far: int, seed: int
+) -> None:
+    """Of widths that are a power of two and of others; far out GELU is 0 or x, though its exponential overflows."""
+    x = Drawn(seed)(tokens, dim, dtype=dtype)
+    x[:, 0] = far - 2 * far * (torch.arange(tokens, device=DEVICE) % 2)
+    assert_same_codes(*(getattr(kernels.fp8, operation)(x) for kernels in (TRITON, TORCH)))
+
+
+def test_rows_of_zeros_are_zeros() -> None:
+    """Their scale is no zero that they would be divided by."""
+    for operation in (TRITON.fp8.rows, TRITON.fp8.gelu):
+        codes, scale = operation(torch.zeros(2, 5, device=DEVICE))
+        assert not codes.float().any() and (scale > 0).all()
 
 
 @dtypes
@@ -187,17 +213,42 @@ def test_a_stream_equals_that_of_the_twins(rope: str) -> None:
     assert relative_error(*streams) <= 1e-5
 
 
+@dtypes
+def test_a_pass_in_fp8_errs_as_with_the_twins(dtype: torch.dtype) -> None:
+    """Codes by Triton's kernels, multiplied as the device can: nearer to the twins' than either is to float32."""
+    model = tiny_transformer(TINY.model_copy(update={"dim": 32, "ffn_dim": 96})).to(DEVICE)
+    stream, multiply = StreamConfig(), choose_multiply(linear_shapes(model.config), 12, DEVICE, dtype).multiply
+
+    def flow(kernels: Kernels, dtype: torch.dtype, linear: MakeLinear) -> Tensor:
+        passes = StaticPasses(deepcopy(model).to(dtype), stream, SMALL, linear=linear, kernels=kernels)
+        noise = DrawnNoise(0, tuple(passes.static.latents.shape))
+        passes.take_prompt(embeds(0).to(DEVICE, dtype))
+        return passes.static.flow(0, passes.fill(CacheLayout(stream).denoise(0, 0), 0, noise))
+
+    exact = flow(TORCH, torch.float32, plain_linear)
+    made, twin = (flow(kernels, dtype, Fp8Linears(multiply=multiply)) for kernels in (TRITON, TORCH))
+    assert relative_error(made, twin) <= 5e-3 < relative_error(made, exact) <= BAR
+
+
 FOR_A_GPU = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from workers.models import triton_kernels
 
-for kernel in (triton_kernels._norm_kernel, triton_kernels._rms_kernel, triton_kernels._qkv_kernel):
-    sizes = {"DIM": 1536, "WIDTH": 2048, "PAIRS": 64}
+norm = {"DIM": 1536, "WIDTH": 2048}
+for kernel, sizes in (
+    (triton_kernels._norm_kernel, norm),
+    (triton_kernels._codes_kernel, {"GELU": True, "DIM": 8960, "FIRST": 8192, "REST": 1024}),
+    (triton_kernels._codes_kernel, {"GELU": False, "DIM": 1536, "FIRST": 1024, "REST": 512}),
+    (triton_kernels._rms_kernel, norm),
+    (triton_kernels._qkv_kernel, {**norm, "PAIRS": 64}),
+):
     kinds = {"eps": "fp32", "block_tokens": "i32", "raw_tokens": "i32", "slots_ptr": "*i64", "row_scale_ptr": "*fp32"}
     names = kernel.arg_names
-    fixed = {(names.index(name),): size for name, size in sizes.items() if name in names}
+    if "row_scale_ptr" in names:
+        kinds["out_ptr"] = "*fp8e4nv"
+    fixed = {(names.index(name),): size for name, size in sizes.items()}
     types = {name: "constexpr" if name in sizes else kinds.get(name, "*bf16") for name in names}
     source = ASTSource(kernel, types, fixed)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
@@ -211,4 +262,5 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FOR_A_GPU], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.stdout.split() == ["_norm_kernel", "True", "_rms_kernel", "True", "_qkv_kernel", "True"], done.stderr
+    made = done.stdout.splitlines()
+    assert made == [f"_{name}_kernel True" for name in ("norm", "codes", "codes", "rms", "qkv")], done.stderr

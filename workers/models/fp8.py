@@ -53,7 +53,9 @@ def scaled_mm(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tens
 
 
 class Fp8Linear:
-    """A linear whose weight lies in e4m3.
+    """A linear whose weight lies in e4m3; the result is in the bias's dtype.
+
+    It takes `Codes` of the tokens, as fused kernels make them, or a tensor, which it quantises by itself.
 
     Args:
         weight: [out, in], not kept.
@@ -66,8 +68,9 @@ class Fp8Linear:
         self.nbytes_before = weight.nbytes
         self._multiply = multiply
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._multiply(quantised(x, E4M3), self.weight, self.bias, x.dtype)
+    def __call__(self, x: Tensor | Codes) -> Tensor:
+        codes = x if isinstance(x, Codes) else quantised(x, E4M3)
+        return self._multiply(codes, self.weight, self.bias, self.bias.dtype)
 
 
 class Fp8Linears:

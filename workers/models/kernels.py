@@ -81,6 +81,26 @@ def gate_norm_modulate_fp8(
     return x, norm_modulate_fp8(x, scale, shift, eps)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU of x [L, dim] in its approximation by tanh; keeps the dtype."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_fp8(x: Tensor) -> Codes:
+    """As `gelu`, but each row in e4m3 as of `norm_modulate_fp8`: of float32 values, which no dtype of x rounds."""
+    return quantised(gelu(x.float()), torch.float8_e4m3fn)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [L, dim] as it is."""
+    return x
+
+
+def rows_fp8(x: Tensor) -> Codes:
+    """x [L, dim], each row in e4m3."""
+    return quantised(x, torch.float8_e4m3fn)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of x [L, dim] over all channels, times weight [dim]; returns the dtype of x."""
     return _rms_normed(x, weight, eps).to(x.dtype)
@@ -129,22 +149,39 @@ def write_qkv(
 
 
 @dataclass(frozen=True)
+class LinearInputs:
+    """The operations that end with what a linear takes, all as a tensor or all as `Codes`.
+
+    Each field is as the function of its name, or of its name with `_fp8`.
+    """
+
+    norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor | Codes]
+    gate_norm_modulate: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor | Codes]]
+    gelu: Callable[[Tensor], Tensor | Codes]
+    rows: Callable[[Tensor], Tensor | Codes]
+
+
+@dataclass(frozen=True)
 class Kernels:
-    """One way to compute the operations above; each field is as the function of its name.
+    """One way to compute the operations above; each function is as that of its name.
 
     Attributes:
         name: what the log says.
+        plain: for linears that take tensors, and for the head.
+        fp8: for linears that take codes in e4m3.
     """
 
     name: str
-    norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    norm_modulate_fp8: Callable[[Tensor, Tensor, Tensor, float], Codes]
-    gate_norm_modulate: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-    gate_norm_modulate_fp8: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Codes]]
+    plain: LinearInputs
+    fp8: LinearInputs
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     write_qkv: Callable[[Tensor, tuple[Tensor, Tensor], float, Rotation, KVTarget, Tensor, int], Tensor]
 
 
 TORCH = Kernels(
-    "torch", norm_modulate, norm_modulate_fp8, gate_norm_modulate, gate_norm_modulate_fp8, rms_norm, write_qkv
+    "torch",
+    LinearInputs(norm_modulate, gate_norm_modulate, gelu, rows),
+    LinearInputs(norm_modulate_fp8, gate_norm_modulate_fp8, gelu_fp8, rows_fp8),
+    rms_norm,
+    write_qkv,
 )

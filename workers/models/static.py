@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS, LAYER_LINEARS, PATCH, KVKind, StreamConfig, VideoConfig
-from workers.models.fp8 import MakeLinear, plain_linear
-from workers.models.kernels import TORCH, Kernels
+from workers.models.fp8 import Fp8Linear, MakeLinear, plain_linear
+from workers.models.kernels import TORCH, Codes, Kernels, LinearInputs
 from workers.models.kv_store import LayerKV, new_store
 from workers.models.rope import Rotation, frame_rotation, rotation
 from workers.models.schedule import Schedule
@@ -70,6 +70,7 @@ class StaticLayer:
 
     Attributes:
         linears: by those names.
+        inputs: by the same names, what makes their inputs: codes for a linear in e4m3, else tensors.
         modulation: [T, 6, dim] float32: shift, scale (1 included), gate of self-attention, then of the feed-forward.
     """
 
@@ -83,6 +84,9 @@ class StaticLayer:
             own = layer.get_submodule(name)
             weights[name] = own.weight, own.bias
         self.linears = {name: linear(f"blocks.{index}.{name}", *parts) for name, parts in weights.items()}
+        self.inputs = {
+            name: kernels.fp8 if isinstance(made, Fp8Linear) else kernels.plain for name, made in self.linears.items()
+        }
         self.modulation = layer.modulation[0].float() + times.float()
         self.modulation[:, (1, 4)] += 1
         self.norm3 = (layer.norm3.weight.float(), layer.norm3.bias.float())
@@ -92,7 +96,7 @@ class StaticLayer:
             self.ask_prompt = torch.compile(self.ask_prompt, fullgraph=True, dynamic=False)
             self.finish = torch.compile(self.finish, fullgraph=True, dynamic=False)
 
-    def ask_past(self, h: Tensor, turn: Rotation, kv: LayerKV, slots: Tensor, sinks: int) -> Tensor:
+    def ask_past(self, h: Tensor | Codes, turn: Rotation, kv: LayerKV, slots: Tensor, sinks: int) -> Tensor:
         """Rotated queries [tokens, heads, head_dim] of the normed input h; its keys and values are in `kv` then."""
         attn = self.layer.self_attn
         weights = (attn.norm_q.weight, attn.norm_k.weight)
@@ -101,26 +105,33 @@ class StaticLayer:
 
     def ask_prompt(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """x with self-attention's y [tokens, heads, head_dim] gated onto it, and queries of cross-attention."""
-        y = self.linears["self_attn.o"](y.flatten(-2))
-        x, h = self.kernels.gate_norm_modulate(x, y, gate, *self.norm3, self.eps)
+        y = self.linears["self_attn.o"](self.inputs["self_attn.o"].rows(y.flatten(-2)))
+        x, h = self.inputs["cross_attn.q"].gate_norm_modulate(x, y, gate, *self.norm3, self.eps)
         attn = self.layer.cross_attn
         q = self.kernels.rms_norm(self.linears["cross_attn.q"](h), attn.norm_q.weight, attn.norm_q.eps)
         return x, q.unflatten(-1, (self.heads, -1))
 
     def finish(
-        self, x: Tensor, y: Tensor, norm: tuple[Tensor, Tensor], gate: Tensor, then: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        y: Tensor,
+        norm: tuple[Tensor, Tensor],
+        gate: Tensor,
+        then: tuple[Tensor, Tensor],
+        into: LinearInputs,
+    ) -> tuple[Tensor, Tensor | Codes]:
         """x with cross-attention's y and the feed-forward added, and its norm as what comes then takes it.
 
         Args:
             norm: scale and shift before the feed-forward.
             gate: of the feed-forward's result.
             then: scale and shift of the norm that follows the layer.
+            into: what makes that norm, for the linear that takes it.
         """
-        y = self.linears["cross_attn.o"](y.flatten(-2))
-        x, h = self.kernels.gate_norm_modulate(x, y, None, *norm, self.eps)
-        y = self.linears["ffn.2"](F.gelu(self.linears["ffn.0"](h), approximate="tanh"))
-        return self.kernels.gate_norm_modulate(x, y, gate, *then, self.eps)
+        y = self.linears["cross_attn.o"](self.inputs["cross_attn.o"].rows(y.flatten(-2)))
+        x, h = self.inputs["ffn.0"].gate_norm_modulate(x, y, None, *norm, self.eps)
+        y = self.linears["ffn.2"](self.inputs["ffn.2"].gelu(self.linears["ffn.0"](h)))
+        return into.gate_norm_modulate(x, y, gate, *then, self.eps)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -203,6 +214,7 @@ class StaticTransformer:
         turn: rotations of the inputs' tokens, up to a window of blocks; `sink_turn` those of the sink. What comes from
             a token's row and column stays in them, `place` writes the rest.
         slots: [window blocks] int64, where the inputs are written.
+        into: what makes the input of each layer, and of the head.
     """
 
     def __init__(
@@ -288,6 +300,7 @@ class StaticTransformer:
             StaticLayer(index, layer, projected, linear, self.kernels, compiled)
             for index, layer in enumerate(model.blocks)
         ]
+        self.into = [*(layer.inputs["self_attn.qkv"] for layer in self.layers), self.kernels.plain]
         self.head_modulation = model.head.modulation[0].float() + time.float()[:, None]
         self.head_modulation[:, 1] += 1
         self.patch_weight = model.patch_embedding.weight.flatten(1)
@@ -311,14 +324,14 @@ class StaticTransformer:
         latents = self.latents if shape.blocks == 1 else self.past[:frames]
         self._layers(latents, self.context, shape, to_the_end=False)
 
-    def _layers(self, latents: Tensor, time: int, shape: Shape, *, to_the_end: bool) -> Tensor:
+    def _layers(self, latents: Tensor, time: int, shape: Shape, *, to_the_end: bool) -> Tensor | Codes:
         """All layers' keys and values, and to the end what the head takes: the normed stream, [tokens, dim]."""
         x = F.linear(patchified(latents).to(self.model.dtype), self.patch_weight, self.model.patch_embedding.bias)
         turn = Rotation(*(table[: len(x)] for table in self.turn))
         slots, keys = self.slots[: shape.blocks], slice(shape.text_keys)
         modulations = [layer.modulation[time].unbind() for layer in self.layers]
         norms = [(scale, shift) for shift, scale, *_ in (*modulations, self.head_modulation[time].unbind())]
-        h = self.kernels.norm_modulate(x, *norms[0], self.model.head.norm.eps)
+        h = self.into[0].norm_modulate(x, *norms[0], self.model.head.norm.eps)
         for index, layer in enumerate(self.layers):
             kv = self.store.layers[index]
             q = layer.ask_past(h, turn, kv, slots, shape.sinks)
@@ -328,7 +341,7 @@ class StaticTransformer:
             seen = self.attend(q[None], *(part[None] for part in kv.visible(shape.visible)))[0]
             x, q = layer.ask_prompt(x, seen, gate)
             y = attention(q, self.text.k[index, keys], self.text.v[index, keys], self.text.bias[:, keys])
-            x, h = layer.finish(x, y, (scale, shift), gate2, norms[index + 1])
+            x, h = layer.finish(x, y, (scale, shift), gate2, norms[index + 1], self.into[index + 1])
         return h
 
 

@@ -4,17 +4,26 @@ Functions are as those of the same name there, on contiguous tensors; one progra
 values go to is read on the device. Imported only where it is chosen. Knows no more than `kernels.py`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels import LARGEST, Codes, Kernels
+from workers.models.kernels import LARGEST, Codes, Kernels, LinearInputs, gelu, rows
 from workers.models.kv_store import LayerKV, QuantisedLayerKV
 from workers.models.rope import Rotation
 
 LARGEST_E4M3 = tl.constexpr(LARGEST[torch.float8_e4m3fn])
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+TWICE_SQRT_2_BY_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
+
+
+@triton.jit
+def _scale_of(largest):
+    """What a row whose largest value this is has to be divided by."""
+    return tl.maximum(largest / LARGEST_E4M3, TINY)
 
 
 @triton.jit
@@ -49,10 +58,43 @@ def _norm_kernel(
     scale = tl.load(scale_ptr + column, mask=inside, other=0.0)
     h = h * scale + tl.load(shift_ptr + column, mask=inside, other=0.0)
     if row_scale_ptr is not None:
-        row_scale = tl.maximum(tl.max(tl.abs(h), 0) / LARGEST_E4M3, TINY)
+        row_scale = _scale_of(tl.max(tl.abs(h), 0))
         tl.store(row_scale_ptr + row, row_scale)
         h = h / row_scale
     tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _part(row_ptr, column, DIM: tl.constexpr, GELU: tl.constexpr):
+    """Some channels of a row, float32, or what GELU makes of them; 0.5 (1 + tanh(z)) is the sigmoid of 2 z."""
+    x = tl.load(row_ptr + column, mask=column < DIM, other=0.0).to(tl.float32)
+    if GELU:
+        x /= 1.0 + tl.exp((x + 0.044715 * x * x * x) * -TWICE_SQRT_2_BY_PI)
+    return x
+
+
+@triton.jit
+def _codes_kernel(
+    x_ptr,
+    out_ptr,
+    row_scale_ptr,
+    GELU: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """A row as codes, held as two powers of two: one that covers 8,960 channels would be half empty."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * DIM
+    out_ptr += row * DIM
+    column = tl.arange(0, FIRST)
+    last = FIRST + tl.arange(0, REST)
+    x = _part(x_ptr, column, DIM, GELU)
+    y = _part(x_ptr, last, DIM, GELU)
+    row_scale = _scale_of(tl.maximum(tl.max(tl.abs(x), 0), tl.max(tl.abs(y), 0)))
+    tl.store(row_scale_ptr + row, row_scale)
+    tl.store(out_ptr + column, (x / row_scale).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + last, (y / row_scale).to(out_ptr.dtype.element_ty), mask=last < DIM)
 
 
 @triton.jit
@@ -152,6 +194,14 @@ def gate_norm_modulate_fp8(
     return total, made
 
 
+def gelu_fp8(x: Tensor) -> Codes:
+    return _coded(x, gelu=True)
+
+
+def rows_fp8(x: Tensor) -> Codes:
+    return _coded(x.contiguous(), gelu=False)  # one head that a backend of attention padded is not
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert x.is_contiguous()
     out = torch.empty_like(x)
@@ -200,6 +250,13 @@ def _norm(
     _norm_kernel[(len(x),)](x, y, gate, scale, shift, total, out, row_scale, eps, **_row(x.shape[1]))
 
 
+def _coded(x: Tensor, *, gelu: bool) -> Codes:
+    assert x.is_contiguous()
+    made = _empty_codes(x)
+    _codes_kernel[(len(x),)](x, *made, GELU=gelu, **_halves(x.shape[1]))
+    return made
+
+
 def _empty_codes(x: Tensor) -> Codes:
     return Codes(torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32))
 
@@ -210,6 +267,17 @@ def _row(dim: int) -> dict[str, int]:
     return {"DIM": dim, "WIDTH": width, "num_warps": 4 if width <= 2048 else 8}
 
 
+def _halves(dim: int) -> dict[str, int]:
+    """As `_row`, with the largest power of two in a row's channels and the one that covers the rest, at least 1."""
+    first = 1 << (dim.bit_length() - 1)
+    rest = 1 << max(dim - first - 1, 0).bit_length()
+    return {"DIM": dim, "FIRST": first, "REST": rest, "num_warps": 4 if first <= 2048 else 8}
+
+
 TRITON = Kernels(
-    "triton", norm_modulate, norm_modulate_fp8, gate_norm_modulate, gate_norm_modulate_fp8, rms_norm, write_qkv
+    "triton",
+    LinearInputs(norm_modulate, gate_norm_modulate, gelu, rows),
+    LinearInputs(norm_modulate_fp8, gate_norm_modulate_fp8, gelu_fp8, rows_fp8),
+    rms_norm,
+    write_qkv,
 )
