@@ -11,7 +11,13 @@ from configs.load import load_config
 from configs.schema import KernelsKind
 from ipc.errors import ConfigError
 from workers.models.checkpoint import load_vae_decoder
-from workers.models.execution import choose_frame_stream, choose_kernels, choose_passes, choose_recorder
+from workers.models.execution import (
+    choose_frame_stream,
+    choose_kernels,
+    choose_passes,
+    choose_recorder,
+    choose_vae_kernels,
+)
 from workers.models.graphs import run_directly
 from workers.models.kernels import TORCH
 from workers.models.kv_store import QuantisedKVStore
@@ -56,6 +62,7 @@ def test_kernels_are_what_the_device_runs(kind: KernelsKind, device: str, name: 
     notes: list[str] = []
     assert choose_kernels(kind, torch.device(device), notes.append).name == name
     assert notes == [f"kernels by {name}"]
+    assert choose_vae_kernels(kind, torch.device(device)).name == name
 
 
 @pytest.mark.parametrize("kind", ["auto", "triton"])

@@ -21,6 +21,8 @@ from workers.models.static_passes import StaticPasses
 from workers.models.static_vae import StaticVae
 from workers.models.tiny_vae import StaticTinyVae
 from workers.models.transformer import CausalWanTransformer
+from workers.models.vae_kernels import TORCH as VAE_TORCH
+from workers.models.vae_kernels import VaeKernels
 
 Say = Callable[[str], None]
 """Takes what the log says of a choice."""
@@ -149,8 +151,18 @@ def choose_frame_stream(config: RuntimeConfig, device: torch.device, warn: Say =
     if config.model.decoder == "tiny":
         decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
     else:
-        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, native)
+        kernels = choose_vae_kernels(config.execution.kernels, device, warn)
+        decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, native, kernels)
     return FrameStream(decoder, config.video, device, choose_recorder(config, device, warn))
+
+
+def choose_vae_kernels(kind: KernelsKind, device: torch.device, warn: Say = unheard) -> VaeKernels:
+    """As `choose_kernels`, what the VAE's decoder computes with."""
+    if choose_kernels(kind, device, warn=warn) is TORCH:
+        return VAE_TORCH
+    from workers.models.triton_vae import TRITON
+
+    return TRITON
 
 
 def choose_native(config: RuntimeConfig, device: torch.device, warn: Say = unheard) -> Native | None:

@@ -1,8 +1,9 @@
 """Causal convolutions, norms and SiLU of the VAE's decoder over memory that stays, for one stream.
 
 `causal_conv.py` is the definition. Frames are [T, H, W, C]. What a convolution has seen lies where it reads it, and
-the norm and SiLU of new frames are written right there. On a CPU everything between convolutions is float32, which is
-faster there than bfloat16, and four or two frames are convolved at once by `winograd.py`. Knows no decoder.
+the norm and SiLU of new frames are written right there. `StaticConv` is for a CPU, `beside_conv.py` for a GPU. On a CPU
+everything between convolutions is float32, which is faster there than bfloat16, and four or two frames are convolved at
+once by `winograd.py`. Knows no decoder.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from workers.models.causal_conv import SMALLEST_SQUARE, ChannelNorm
 from workers.models.native import DTYPES, Native
+from workers.models.vae_kernels import TORCH, VaeKernels
 from workers.models.winograd import POINTS, NativeWinogradConv, WinogradConv, part_of
 
 PAST = 2
@@ -28,18 +30,22 @@ class Work:
     Args:
         like: one of its weights.
         largest: numbers that the largest frames inside hold together.
+        kernels: what computes the operations between convolutions; a CPU has others for most.
 
     Attributes:
         dtype: of weights, and of what convolutions read.
         between: of all else.
         new: flat, frames on their way into a convolution or out of it; `room` and `narrow` what is used up at once.
-            All empty on a GPU, where temporaries are the allocator's and the graphs'.
+            All empty on a GPU, where other temporaries than `beside` are the allocator's and the graphs'.
+        beside: flat, what a convolution reads on a GPU, frames beside each other; empty on a CPU.
     """
 
-    def __init__(self, like: Tensor, largest: int, native: Native | None = None) -> None:
+    def __init__(self, like: Tensor, largest: int, native: Native | None = None, kernels: VaeKernels = TORCH) -> None:
         self.native = native if like.dtype in DTYPES and like.device.type == "cpu" else None
+        self.kernels = kernels
         self.device, self.dtype = like.device, like.dtype
         self.between = torch.float32 if self.on_cpu else like.dtype
+        self.beside = self.zeros(0 if self.on_cpu else (PAST + 1) * largest)
         largest = largest if self.on_cpu else 0
         self.new, self.room = self.zeros(largest), self.zeros(3 * largest)
         self.narrow = self.zeros(2 * largest, dtype=self.dtype)
@@ -72,7 +78,6 @@ class StaticConv:
 
     Attributes:
         past: [2, H, W, C].
-        new: [frames, H, W, C], where its input is to be written.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, shape: Shape, work: Work) -> None:
@@ -81,38 +86,48 @@ class StaticConv:
         self._padding = (weight.shape[3] // 2, weight.shape[4] // 2)
         self._winograd: WinogradConv | NativeWinogradConv | None = None
         if work.on_cpu and shape[0] in POINTS and weight.shape[3] > 1:
-            self.past, self.new = work.zeros(PAST, *size), part_of(work.new, shape[0], *size)
+            self.past, self._new = work.zeros(PAST, *size), part_of(work.new, shape[0], *size)
             if work.native is None:
-                self._winograd = WinogradConv(weight, bias, self.past, self.new, work.narrow, work.room)
+                self._winograd = WinogradConv(weight, bias, self.past, self._new, work.narrow, work.room)
             else:
                 self._winograd = NativeWinogradConv(work.native, weight, bias, self.past, shape[0], work.narrow)
             self._out = part_of(work.new, *shape, len(weight))
         else:
             self._seen = work.zeros(PAST + shape[0], *size, dtype=work.dtype)
-            self.past, self.new = self._seen[:PAST], self._seen[PAST:]
+            self.past, self._new = self._seen[:PAST], self._seen[PAST:]
         if work.by_conv3d:
             self._weight = weight.contiguous(memory_format=torch.channels_last_3d)
         else:
             beside = weight.transpose(1, 2).flatten(1, 2)
             self._weight = beside.contiguous(memory_format=torch.channels_last)
 
-    def take(self, x: Tensor, activation: "Activation") -> None:
-        """Norm and SiLU of x [count, H, W, C] are the next input."""
-        if isinstance(self._winograd, NativeWinogradConv) and len(x) == len(self.new):
+    def take(self, x: Tensor, activation: "Activation | None" = None) -> None:
+        """x [count, H, W, C], or its norm and SiLU, is the next input."""
+        if activation is None:
+            self._new[: len(x)].copy_(x)
+        elif isinstance(self._winograd, NativeWinogradConv) and len(x) == len(self._new):
             self._winograd.take(x, activation.gamma)
         else:
-            activation.into(self.new[: len(x)], x)
+            activation.into(self._new[: len(x)], x)
 
     def __call__(self, count: int) -> Tensor:
         """The output of `count` new frames, [count, H, W, C']; any later part may overwrite it."""
-        if self._winograd is None or count < len(self.new):
+        if self._winograd is None or count < len(self._new):
             return self._taps(count)
         self._winograd.write(self._out, add=False)
         return self._out
 
+    def pass_on(self, count: int, conv: "StaticConv", activation: "Activation") -> None:
+        """Norm and SiLU of the output are another's next input."""
+        conv.take(self(count), activation)
+
+    def split(self, count: int) -> Tensor:
+        """Two frames of each that a call would give, [2 count, H, W, C' / 2]."""
+        return self._work.kernels.split(self(count), None)
+
     def add_to(self, x: Tensor) -> None:
         """Adds what a call would give to x [count, H, W, C']."""
-        if self._winograd is None or len(x) < len(self.new):
+        if self._winograd is None or len(x) < len(self._new):
             x.add_(self._taps(len(x)))
         else:
             self._winograd.write(x, add=True)
@@ -121,7 +136,7 @@ class StaticConv:
         if self._winograd is None:
             seen = self._seen[: PAST + count]
         else:
-            seen = torch.cat((self.past, self.new[:count])).to(self._work.dtype)
+            seen = torch.cat((self.past, self._new[:count])).to(self._work.dtype)
         if self._work.by_conv3d:
             video = seen[None].permute(0, 4, 1, 2, 3)
             out = F.conv3d(video, self._weight, self._bias, padding=(0, *self._padding))[0].permute(1, 2, 3, 0)
@@ -134,10 +149,10 @@ class StaticConv:
     def _keep(self, count: int) -> None:
         """Makes the last frames the past."""
         if count >= PAST:
-            self.past.copy_(self.new[count - PAST : count])
+            self.past.copy_(self._new[count - PAST : count])
         else:
             self.past[0].copy_(self.past[1])
-            self.past[1].copy_(self.new[0])
+            self.past[1].copy_(self._new[0])
 
 
 class Activation:
@@ -147,6 +162,7 @@ class Activation:
         self._work = work
         self.gamma = norm.gamma.flatten().to(work.between)
         self._mean = work.zeros(len(self.gamma), 1) + 1 / len(self.gamma)
+        self._no_past = work.zeros(0)
 
     def into(self, out: Tensor, x: Tensor) -> None:
         """x [T, H, W, C] -> out, the same shape."""
@@ -155,7 +171,7 @@ class Activation:
         elif self._work.on_cpu:
             self._in_float32(out, x)
         else:
-            out.copy_(F.silu(F.rms_norm(x, x.shape[-1:], self.gamma, SMALLEST_SQUARE)))
+            self._work.kernels.lay_beside(x, None, self.gamma, self._no_past, out)
 
     def _in_float32(self, out: Tensor, x: Tensor) -> None:
         """`rms_norm` would take five times as long on a CPU: here a product sums the squares."""
