@@ -60,8 +60,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a fresh sample, in ten minutes on two cores")
     parser.add_argument("--ablations", action="store_true", help="the table of docs/pocket.md instead")
     parser.add_argument("--seed", type=int, default=0, help="of captions and streams")
-    parser.add_argument("--captions", type=int, help="streams of 10 s; else 100, with --quick 18")
-    parser.add_argument("--switches", type=int, help="prompt switches; else 60, with --quick 12")
+    parser.add_argument("--captions", type=int, help="streams of 10 s; else 100, with --quick 16")
+    parser.add_argument("--switches", type=int, help="prompt switches; else 60, with --quick 20")
     parser.add_argument("--drifts", type=int, help="streams of 3 minutes; else 10, with --quick none")
     parser.add_argument("--bare", action="store_true", help="without processes and ffmpeg: the same frames, sooner")
     parser.add_argument("--config", default="pocket")
@@ -77,7 +77,7 @@ def main() -> int:
     if given.ablations:
         console.print(ablations(given.config, given.set, given.seed, say))
         return 0
-    defaults = (18, 12, 0) if given.quick else (100, 60, 10)
+    defaults = (16, 20, 0) if given.quick else (100, 60, 10)
     asked = (given.captions, given.switches, given.drifts)
     captions, changes, drifts = (d if a is None else a for a, d in zip(asked, defaults, strict=True))
     scores = Scores()
@@ -87,7 +87,7 @@ def main() -> int:
     fresh_streams(scores, maker.make, given.seed, captions, say)
     switches(scores, maker.make, given.seed, changes, say)
     drift(scores, maker.make, given.seed, drifts, say)
-    vae_quality(scores, load_config(given.config, given.set), given.seed, 24 if given.quick else 80, say)
+    vae_quality(scores, load_config(given.config, given.set), given.seed, 20 if given.quick else 80, say)
     console.print(table(scores, f"{given.config}, seed {given.seed}, {time.monotonic() - began:.0f} s"))
     if given.report:
         given.report.write_text(json.dumps(scores.summary(), indent=2) + "\n", encoding="utf-8")

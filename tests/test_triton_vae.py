@@ -113,6 +113,7 @@ def test_four_pictures_become_one(dtype: torch.dtype, size: tuple[int, ...], bia
 def test_the_decoder_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream and the next, the first latent frame of each among them, in memory that never moves."""
     monkeypatch.setattr(Work, "on_cpu", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     decoder = plain_decoder(small_config(base_dim=6, num_res_blocks=1)).to(DEVICE)
     vae = StaticVae(decoder, 3, 2, kernels=TRITON)
     places = [tensor.data_ptr() for tensor in vae.buffers()]
