@@ -1,4 +1,4 @@
-"""The command line: `orchestrator start | prompt | status | stop | generate | config show | version`.
+"""The command line: `orchestrator start | prompt | status | stop | generate | quality | config show | version`.
 
 Knows neither models nor workers; the daemon is imported by the commands that run it. Whatever a person gets wrong is
 one line on standard error.
@@ -34,6 +34,7 @@ from orchestrator.prepare import (
     prompts_of,
 )
 from orchestrator.progress import one_line, print_status, reporter_for_this_terminal
+from orchestrator.quality import quality
 from orchestrator.run_directory import RunDirectory, locate
 
 MOST = 2**63 - 1
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations.", rich_markup_mode="rich")
 app.add_typer(config_app, name="config")
+app.command()(quality)
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped name, or the path of a YAML file.")]
 SetOption = Annotated[

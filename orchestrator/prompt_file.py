@@ -45,6 +45,14 @@ def read_prompts(path: Path, line: int | None = None) -> tuple[str, ...]:
     return tuple(_single_prompt(entry, f"{path}: line {number}") for number, entry in entries.items())
 
 
+def read_stories(path: Path) -> tuple[tuple[str, ...], ...]:
+    """The prompts of every line, each a video of its own. Raises InputError as `read_prompts`."""
+    numbers = [number for number, text in enumerate(_lines(path), start=1) if text.strip()]
+    if not numbers:
+        raise InputError(f'{path}: found no prompts, expected {{"prompts": ["...", "..."]}} in every line')
+    return tuple(read_prompts(path, number) for number in numbers)
+
+
 def schedule(
     prompts: Sequence[str], switch_frames: Sequence[int] | None, blocks: int, stream: StreamConfig
 ) -> tuple[ScheduledPrompt, ...]:
@@ -96,12 +104,7 @@ def _switch_blocks(prompts: int, switch_frames: Sequence[int], stream: StreamCon
 
 def _entries(path: Path, wanted: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and objects: the wanted line, or the lines up to the first with `prompts`."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: found bytes that are not UTF-8, expected JSON lines") from error
+    lines = _lines(path)
     if wanted is not None and not 1 <= wanted <= len(lines):
         raise InputError(f"{path}: found {len(lines)} lines, asked for line {wanted}")
     for number, text in enumerate(lines, start=1):
@@ -111,6 +114,15 @@ def _entries(path: Path, wanted: int | None) -> Iterator[tuple[int, dict[str, An
         yield number, entry
         if "prompts" in entry:
             return
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: found bytes that are not UTF-8, expected JSON lines") from error
 
 
 def _entry(text: str, where: str) -> dict[str, Any]:

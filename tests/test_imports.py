@@ -64,8 +64,8 @@ def may_import(module: str, other: str) -> bool:
         return other.startswith(("configs.", "workers.models."))
     if module.startswith("workers"):
         return not other.startswith("orchestrator")
-    # What the daemon spawns, and the plain data that it hands over with it.
-    if other in {"workers.process", "workers.spec"}:
+    # What the daemon spawns, and the plain data that goes to other processes.
+    if other in {"workers.process", "workers.spec", "workers.quality.job"}:
         return True
     return other.startswith(("configs.", "ipc.", "orchestrator.")) and other not in WITH_TORCH
 

@@ -152,3 +152,21 @@ def test_frames_lie_where_they_lay() -> None:
     stream = FrameStream(StaticVae(plain_decoder(small_config()), 4, 6), VIDEO, CPU)
     places = [stream.decode(latent).data_ptr() for latent in drawn(5)[0]]
     assert places[1] == places[2] == places[3] == places[4] != places[0]
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3])
+def test_a_stream_can_go_back(seen: int) -> None:
+    """What was decoded since leaves no trace."""
+    vae = StaticVae(plain_decoder(small_config()), 4, 6)
+    stream = FrameStream(vae, VIDEO, CPU)
+    latents = drawn(6)[0]
+    for latent in latents[:seen]:
+        stream.decode(latent)
+    past = stream.past()
+    right = [stream.decode(latent).clone() for latent in latents[seen : seen + 2]]
+    stream.go_back(past)
+    for latent in latents[4:]:
+        stream.decode(latent)
+    stream.go_back(past)
+    again = [stream.decode(latent).clone() for latent in latents[seen : seen + 2]]
+    assert all(torch.equal(one, other) for one, other in zip(right, again, strict=True))

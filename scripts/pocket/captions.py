@@ -50,7 +50,7 @@ COUNTS = (1, 2)
 DEFAULT_GROUND = ("grey", "plain")
 """Ground and texture of a caption that names none."""
 
-_SHAPE_WORDS = {
+SHAPE_WORDS = {
     "circle": ("circle", "circle", "disc", "ball"),
     "square": ("square", "square", "box"),
     "triangle": ("triangle",),
@@ -59,7 +59,7 @@ _SHAPE_WORDS = {
     "ring": ("ring",),
 }
 _SIZE_WORDS = {"small": ("small", "tiny", "little"), "medium": ("", "", "medium"), "large": ("large", "big")}
-_MOTION_WORDS = {
+MOTION_WORDS = {
     "left": ("moving left", "moving to the left", "going left", "drifting left"),
     "right": ("moving right", "moving to the right", "going right", "drifting right"),
     "up": ("moving up", "rising", "going up", "moving upwards"),
@@ -120,14 +120,14 @@ def draw_scene(rng: np.random.Generator, held_out: bool | None = None) -> Scene:
 
 def phrase(scene: Scene, rng: np.random.Generator) -> str:
     """A caption of a scene, in one of many phrasings."""
-    shape = _one(rng, _SHAPE_WORDS[scene.shape])
+    shape = _one(rng, SHAPE_WORDS[scene.shape])
     if scene.count == 2:
         count = _one(rng, ("two", "two", "a pair of"))
         shape = {"box": "boxes", "cross": "crosses", "plus": "plus signs"}.get(shape, f"{shape}s")
     else:
         count = _one(rng, ("a", "a", "one"))
     size = _one(rng, _SIZE_WORDS[scene.size])
-    motion = _one(rng, _MOTION_WORDS[scene.motion])
+    motion = _one(rng, MOTION_WORDS[scene.motion])
     thing = _joined(count, size, scene.colour, shape)
     ground = _ground(scene, rng)
     text = {

@@ -140,10 +140,18 @@ class Rollout:
         return clean
 
     @torch.inference_mode()
-    def remember(self) -> None:
-        """Leaves the keys and values of the block just made in the cache, and goes on to the next."""
+    def remember(self, given: Tensor | None = None) -> None:
+        """Leaves the keys and values of the block just made in the cache, and goes on to the next.
+
+        Args:
+            given: clean latents [1, F, 16, h, w] that stand for those just made, where another stream says what the
+                past was; later recaches take them too.
+        """
         assert self._made is not None, "a block is denoised before it is remembered"
         plan, clean = self._made
+        if given is not None:
+            clean = given.to(self.model.device)
+            self.history.put(self.block, clean)
         self.passes.remember(plan, clean)
         self._made = None
         self.block += 1

@@ -13,9 +13,15 @@ from configs.schema import LATENT_CHANNELS, TEMPORAL_STRIDE, VideoConfig
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.vae import to_rgb8
 
+Past = tuple[bool, list[Tensor]]
+"""Whether the next latent frame is a stream's first, and what the decoder's buffers hold."""
+
 
 class FrameDecoder(Protocol):
     """Decodes one stream, latent frame by latent frame, in memory that never moves."""
+
+    def buffers(self) -> list[Tensor]:
+        """All memory that carries a stream from one latent frame to the next."""
 
     def frames(self, latent: Tensor, *, first: bool) -> Tensor:
         """[16, h, w] float32 -> [F, 3, 8h, 8w] in -1 to 1; `first` forgets what was before, and F is then 1, else 4."""
@@ -65,6 +71,18 @@ class FrameStream:
         frames = self._made[self._first]
         self._first = False
         return frames
+
+    @torch.inference_mode()
+    def past(self) -> Past:
+        """A copy of what the stream has seen, to come back to."""
+        return self._first, [buffer.clone() for buffer in self._decoder.buffers()]
+
+    @torch.inference_mode()
+    def go_back(self, past: Past) -> None:
+        """Forgets what was decoded since."""
+        self._first, kept = past
+        for buffer, values in zip(self._decoder.buffers(), kept, strict=True):
+            buffer.copy_(values)
 
     def _replay(self, first: bool) -> Replay:
         if first not in self._recorded:
