@@ -168,12 +168,14 @@ class StateChanged(Message):
 
 
 class PromptInForce(Message):
-    """A prompt took effect at a block."""
+    """A prompt took effect at a block; the denoiser worked on the switch, its recache included, between the stamps."""
 
     type = "event.applied"
     version: Count
     block: Count
     frame: Count
+    began_ns: Stamp
+    ended_ns: Stamp
 
 
 class OnAir(Message):
@@ -216,7 +218,7 @@ class PresetChanged(Message):
 
 
 class BlockTimes(Message):
-    """When a stage began and ended its work on a block."""
+    """When a stage began and ended its work on a block; on a GPU also the time between two CUDA events around it."""
 
     type = "event.block"
     stage: Name
@@ -224,6 +226,17 @@ class BlockTimes(Message):
     version: Count
     began_ns: Stamp
     ended_ns: Stamp
+    device_ms: float | None = None
+
+
+class FramesPlayed(Message):
+    """From the output by way of the daemon: when each frame of a block had been handed to all sinks."""
+
+    type = "event.frames"
+    block: Count
+    version: Count
+    first_frame: Count
+    played_ns: list[Stamp]
 
 
 class SinkChanged(Message):
@@ -402,13 +415,14 @@ class Heartbeat(Message):
 
 
 class PromptEncoded(Message):
-    """Text encoder: a version's embeddings are on their way."""
+    """Text encoder: a version's embeddings are on their way. The daemon tells it to everybody who listens."""
 
     type = "prompt_encoded"
     version: Count
     tokens: Count
     cached: bool
     ms: float
+    sent_ns: Stamp
 
 
 class PromptRefused(Message):
@@ -421,11 +435,13 @@ class PromptRefused(Message):
 
 
 class PromptApplied(Message):
-    """Denoiser: a version is in force from this block on."""
+    """Denoiser: a version is in force from this block on; the switch was worked on between the stamps."""
 
     type = "prompt_applied"
     version: Count
     block: Count
+    began_ns: Stamp
+    ended_ns: Stamp
 
 
 class PresetApplied(Message):
@@ -442,7 +458,7 @@ class PresetApplied(Message):
 
 
 class BlockDone(Message):
-    """A model stage finished a block."""
+    """A model stage finished a block. `device_ms`: on a GPU, the time between CUDA events around the work."""
 
     type = "block_done"
     stage: Name
@@ -450,6 +466,7 @@ class BlockDone(Message):
     version: Count
     began_ns: Stamp
     ended_ns: Stamp
+    device_ms: float | None = None
 
 
 class VersionPlayed(Message):
@@ -503,6 +520,8 @@ EVENTS: tuple[type[Message], ...] = (
     WorkerRestarted,
     PresetChanged,
     BlockTimes,
+    FramesPlayed,
+    PromptEncoded,
     SinkChanged,
 )
 TO_STAGE: tuple[type[Message], ...] = (
@@ -529,6 +548,7 @@ TO_DAEMON: tuple[type[Message], ...] = (
     PromptApplied,
     PresetApplied,
     BlockDone,
+    FramesPlayed,
     VersionPlayed,
     PlayoutReport,
     Drained,

@@ -1,4 +1,4 @@
-"""The command line: `orchestrator start | prompt | status | stop | generate | quality | config show | version`.
+"""The command line: `orchestrator start | prompt | status | stop | generate | config | quality | bench | version`.
 
 Knows neither models nor workers; the daemon is imported by the commands that run it. Whatever a person gets wrong is
 one line on standard error.
@@ -22,6 +22,7 @@ from configs.load import as_yaml, load_config, load_preset, preset_names
 from configs.schema import RuntimeConfig
 from ipc.errors import InputError, LongLiveError, Refused, UserError
 from ipc.messages import Applied, Superseded
+from orchestrator.bench.cli import app as bench_app
 from orchestrator.client import Client, PromptHandle
 from orchestrator.plan import RunPlan, RunSummary
 from orchestrator.prepare import (
@@ -48,6 +49,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at configurations.", rich_markup_mode="rich")
 app.add_typer(config_app, name="config")
 app.command()(quality)
+app.add_typer(bench_app, name="bench")
 
 ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped name, or the path of a YAML file.")]
 SetOption = Annotated[

@@ -24,6 +24,7 @@ from ipc.messages import (
     Drain,
     Drained,
     EndOfStream,
+    FramesPlayed,
     Heartbeat,
     Loading,
     Message,
@@ -31,6 +32,7 @@ from ipc.messages import (
     PresetApplied,
     PresetChanged,
     PromptApplied,
+    PromptEncoded,
     PromptRefused,
     Ready,
     RingExported,
@@ -236,6 +238,8 @@ class Daemon:
                 self._reporter.note(f"preset {message.new} from block {message.block} on: {message.reason}")
             case BlockDone():
                 self._desk.publish(BlockTimes(**message.model_dump()))
+            case FramesPlayed() | PromptEncoded():
+                self._desk.publish(message)
             case VersionPlayed():
                 self._prompts.played(message)
             case PlayoutReport():

@@ -72,7 +72,7 @@ class Prompting:
     def applied(self, message: PromptApplied) -> None:
         frame = self._stream.first_frame(message.block)
         self._desk.answer(self._book.applied(message.version, message.block, frame))
-        self._desk.publish(PromptInForce(version=message.version, block=message.block, frame=frame))
+        self._desk.publish(PromptInForce(frame=frame, **message.model_dump()))
 
     def played(self, message: VersionPlayed) -> None:
         prompt = self._book.played(message.version)

@@ -90,13 +90,14 @@ def denoisers(config: RuntimeConfig, say: Callable[[str], None]) -> dict[str, Ca
     device = torch.device(config.stage("denoiser").device or "cpu")
     model, beside = load_transformer(config.model, device), load_baseline(config.model, device)
     return {
-        "denoiser, straightforward": _stream(config, beside, BaselinePasses(beside, config.stream, config.video)),
-        "denoiser, plain": _stream(config, model, PlainPasses(model, config.stream, config.video)),
-        "denoiser": _stream(config, model, choose_passes(config, model, say=say)),
+        "denoiser, straightforward": block_stream(config, beside, BaselinePasses(beside, config.stream, config.video)),
+        "denoiser, plain": block_stream(config, model, PlainPasses(model, config.stream, config.video)),
+        "denoiser": block_stream(config, model, choose_passes(config, model, say=say)),
     }
 
 
-def _stream(config: RuntimeConfig, model: CausalWanTransformer, passes: Passes) -> Callable[[], object]:
+def block_stream(config: RuntimeConfig, model: CausalWanTransformer, passes: Passes) -> Callable[[], object]:
+    """A stream with a full window, as a call that makes its next block."""
     rollout = Rollout(model, config.stream, config.video, passes=passes)
     passes.record_all()
     generator = torch.Generator().manual_seed(0)
@@ -110,15 +111,18 @@ def _stream(config: RuntimeConfig, model: CausalWanTransformer, passes: Passes) 
 def decoders(config: RuntimeConfig) -> dict[str, Callable[[], object]]:
     """The VAE's decoder as it is run and the straightforward way, each a call that decodes a block."""
     device = torch.device(config.stage("vae_decoder").device or "cpu")
-    straightforward, stream = _straightforward(config, device), choose_frame_stream(config, device)
+    straightforward, stream = straightforward_vae(config, device), choose_frame_stream(config, device)
     stream.record_all()
     return {
-        "VAE, straightforward": _decoder(config, lambda latent: to_rgb8(straightforward.decode(latent[None])), device),
-        "VAE": _decoder(config, stream.decode, device),
+        "VAE, straightforward": block_decoder(
+            config, lambda latent: to_rgb8(straightforward.decode(latent[None])), device
+        ),
+        "VAE": block_decoder(config, stream.decode, device),
     }
 
 
-def _straightforward(config: RuntimeConfig, device: torch.device) -> BaselineVae:
+def straightforward_vae(config: RuntimeConfig, device: torch.device) -> BaselineVae:
+    """The VAE as it is usually run, over weights laid out as its file has them."""
     decoder = load_vae_decoder(config.model, device, "plain")
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
@@ -126,9 +130,10 @@ def _straightforward(config: RuntimeConfig, device: torch.device) -> BaselineVae
     return BaselineVae(decoder)
 
 
-def _decoder(
+def block_decoder(
     config: RuntimeConfig, decode_latent: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[], object]:
+    """A call that decodes a block's worth of one latent frame, once past the stream's first."""
     shape = (LATENT_CHANNELS, config.video.latent_height, config.video.latent_width)
     latent = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -29,6 +29,7 @@ from ipc.messages import (
 )
 from ipc.tensor_ring import Slots
 from workers.adaptive import AdaptivePresets
+from workers.device_timer import device_timer
 from workers.inputs import noise_source
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import LatentHistory, Rollout
@@ -83,6 +84,7 @@ class DenoiserStage:
         self._to_daemon = to_daemon
         self._blocks, self._inputs, self._dump = blocks, inputs, dump
         self._on_pass, self._clock = on_pass, clock
+        self._timer = device_timer(self._device)
         self._prompts = PromptQueue()
         self._dumped: list[Tensor] = []
         self._credit = -1
@@ -178,6 +180,7 @@ class DenoiserStage:
         if self._adaptive is not None and (changed := self._adaptive.before_block(block, self._rollout)):
             self._to_daemon(changed)
         began, version = self._clock(), self._prompts.version
+        self._timer.begin()
         if isinstance(decision, Apply):
             self._put_in_force(decision, block)
         # A block that begins with a prompt is not aborted: every version that was applied is seen.
@@ -212,13 +215,17 @@ class DenoiserStage:
 
     def _put_in_force(self, decision: Apply, block: int) -> None:
         assert self._begin is not None
+        began = time.monotonic_ns()
         if self._rollout.block < self._begin.block:
             self._rollout.resume(self._begin.block, decision.embeds)
             self._fresh = True
         else:
             self._rollout.switch(decision.embeds)
         self._prompts.applied(decision.version, block)
-        self._to_daemon(PromptApplied(version=decision.version, block=block))
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        ended = time.monotonic_ns()
+        self._to_daemon(PromptApplied(version=decision.version, block=block, began_ns=began, ended_ns=ended))
 
     def _denoise(self, block: int, may_abort: bool) -> Tensor:
         """A block's clean latents; aborted by a prompt that comes meanwhile, it is begun anew under it, once."""
@@ -270,10 +277,10 @@ class DenoiserStage:
         """After the last work on a block; the milliseconds it took."""
         version = self._prompts.version
         assert version is not None
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        device_ms = self._timer.end()
         ended = self._clock()
-        self._to_daemon(BlockDone(stage="denoiser", block=block, version=version, began_ns=began, ended_ns=ended))
+        times = {"began_ns": began, "ended_ns": ended, "device_ms": device_ms}
+        self._to_daemon(BlockDone(stage="denoiser", block=block, version=version, **times))
         return (ended - began) / 1e6
 
     def _end(self, block: int) -> None:

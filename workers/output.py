@@ -17,6 +17,7 @@ from ipc.messages import (
     Credit,
     Drained,
     EndOfStream,
+    FramesPlayed,
     FramesReady,
     Message,
     PlayoutReport,
@@ -97,6 +98,7 @@ class OutputStage:
         self._version = -1
         self._block = 0
         self._first_ns: int | None = None
+        self._stamps: list[int] = []
         self._last_picture: bytes | None = None
         self._repeat_ns = 0
         self._reported_ns = 0
@@ -203,13 +205,24 @@ class OutputStage:
         frame, message = piece.frame, piece.message
         self._played += 1
         self._next_frame = frame + 1
+        if message.block != self._block:
+            self._stamps.clear()
         self._block = message.block
+        self._stamps.append(self._clock())
+        if frame + 1 == self._config.stream.first_frame(message.block + 1):
+            self._tell_block(message)
         if message.version != self._version:
             self._version = message.version
             self._to_daemon(VersionPlayed(version=message.version, block=message.block, frame=frame, played_ns=now))
         if self._first_ns is None:
             self._first_ns = now
             self._report(now)
+
+    def _tell_block(self, message: FramesReady) -> None:
+        """When the frames of a block were played, after its last one; a block that lost its end is not told."""
+        stamps, self._stamps = self._stamps, []
+        first = self._next_frame - len(stamps)
+        self._to_daemon(FramesPlayed(block=message.block, version=message.version, first_frame=first, played_ns=stamps))
 
     def _repeat(self, now: int) -> None:
         """While playout stands still, streams get the last picture again, so that their time goes on."""

@@ -108,7 +108,8 @@ class TextEncoderStage:
                 sent_ns=sent,
             ),
         )
-        self._to_daemon(PromptEncoded(version=prompt.version, tokens=tokens, cached=cached, ms=(sent - began) / 1e6))
+        ms = (sent - began) / 1e6
+        self._to_daemon(PromptEncoded(version=prompt.version, tokens=tokens, cached=cached, ms=ms, sent_ns=sent))
         return True
 
     def wait_s(self) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from configs.schema import LATENT_CHANNELS, TEMPORAL_STRIDE, RuntimeConfig, StageName
 from ipc.messages import BlockDone, EndOfStream, FramesReady, LatentsReady, Message, RingExported
 from ipc.tensor_ring import Slots
+from workers.device_timer import device_timer
 from workers.latents_source import LatentsSource
 from workers.models.execution import choose_frame_stream
 from workers.ports import RingReader, RingWriter, Send
@@ -56,6 +57,7 @@ class VaeDecoderStage:
         self._latents, self._source = latents, latents_source
         self._frames, self._frames_slots = frames, frames_slots
         self._to_daemon = to_daemon
+        self._timer = device_timer(self._device)
         self._work: BlockInWork | None = None
         self._last: EndOfStream | None = None
 
@@ -111,6 +113,7 @@ class VaeDecoderStage:
             return None
         taken, message = took
         began = time.monotonic_ns()
+        self._timer.begin()
         own = self._source.tensor(taken.slot).to(self._device, copy=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
@@ -145,6 +148,7 @@ class VaeDecoderStage:
             self._work = replace(work, index=work.index + 1)
             return
         self._work = None
+        device_ms = self._timer.end()
         self._to_daemon(
             BlockDone(
                 stage="vae_decoder",
@@ -152,6 +156,7 @@ class VaeDecoderStage:
                 version=work.message.version,
                 began_ns=work.began_ns,
                 ended_ns=time.monotonic_ns(),
+                device_ms=device_ms,
             )
         )
 
