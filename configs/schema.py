@@ -358,7 +358,8 @@ class ExecutionConfig(Part):
     keeps its keys and values in 8 bits and `linears: fp8` multiplies in 8 bits, which is not exact. `fp8_keep` names
     linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`. `audit` is for finding
     bugs: it ends the denoiser when a pass of the fast path reads a value back or keeps memory. `kernels` says what
-    computes its small operations; `compile` has torch.compile make what lies between its attentions.
+    computes its small operations, and on a GPU the VAE decoder's; `compile` has torch.compile make what lies between
+    its attentions.
     `native` compiles the VAE decoder's small operations at start, where it decodes in one thread of a CPU with AVX-512
     and there is a compiler.
     """
