@@ -30,6 +30,9 @@ class Recorded:
     def between(self, block: int, step: int) -> torch.Tensor:
         return self.draws[block * self.steps + step + 1]
 
+    def expect(self, block: int, steps: int) -> None:
+        """All of it is there."""
+
 
 @pytest.fixture(scope="module")
 def config() -> RuntimeConfig:

@@ -264,3 +264,13 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     )
     made = done.stdout.splitlines()
     assert made == [f"_{name}_kernel True" for name in ("norm", "codes", "codes", "rms", "qkv")], done.stderr
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_product_that_ends_with_gelu(dtype: torch.dtype) -> None:
+    """The library's own end of a product rounds once, the twin twice."""
+    draw = Drawn(0)
+    x, weight, bias = draw(300, 128, dtype=dtype), draw(192, 128, dtype=dtype) / 8, draw(192, dtype=dtype)
+    out, twin = TRITON.linear_gelu(x, weight, bias), TORCH.linear_gelu(x.float(), weight.float(), bias.float())
+    assert relative_error(out.float(), twin) <= {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]

@@ -26,9 +26,19 @@ FAR = 2e-2
 """How far `torch._scaled_mm` may be off, norm over norm: fast accumulation on Hopper keeps some 14 bits of a sum."""
 
 
+class PlainLinear:
+    """A linear as the model has it: weight [out, in], bias [out]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 def plain_linear(name: str, weight: Tensor, bias: Tensor) -> Linear:
-    """A linear as the model has it."""
-    return lambda x: F.linear(x, weight, bias)
+    """Makes all linears plain."""
+    return PlainLinear(weight, bias)
 
 
 def multiply_codes(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tensor:

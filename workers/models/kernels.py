@@ -86,6 +86,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu` of a linear: x [L, n], weight [m, n], bias [m] -> [L, m]."""
+    return gelu(F.linear(x, weight, bias))
+
+
 def gelu_fp8(x: Tensor) -> Codes:
     """As `gelu`, but each row in e4m3 as of `norm_modulate_fp8`: of float32 values, which no dtype of x rounds."""
     return quantised(gelu(x.float()), torch.float8_e4m3fn)
@@ -174,6 +179,7 @@ class Kernels:
     name: str
     plain: LinearInputs
     fp8: LinearInputs
+    linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     write_qkv: Callable[[Tensor, tuple[Tensor, Tensor], float, Rotation, KVTarget, Tensor, int], Tensor]
 
@@ -182,6 +188,7 @@ TORCH = Kernels(
     "torch",
     LinearInputs(norm_modulate, gate_norm_modulate, gelu, rows),
     LinearInputs(norm_modulate_fp8, gate_norm_modulate_fp8, gelu_fp8, rows_fp8),
+    linear_gelu,
     rms_norm,
     write_qkv,
 )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS, LAYER_LINEARS, PATCH, KVKind, StreamConfig, VideoConfig
-from workers.models.fp8 import Fp8Linear, MakeLinear, plain_linear
+from workers.models.fp8 import Fp8Linear, MakeLinear, PlainLinear, plain_linear
 from workers.models.kernels import TORCH, Codes, Kernels, LinearInputs
 from workers.models.kv_store import LayerKV, new_store
 from workers.models.rope import Rotation, frame_rotation, rotation
@@ -130,8 +130,15 @@ class StaticLayer:
         """
         y = self.linears["cross_attn.o"](self.inputs["cross_attn.o"].rows(y.flatten(-2)))
         x, h = self.inputs["ffn.0"].gate_norm_modulate(x, y, None, *norm, self.eps)
-        y = self.linears["ffn.2"](self.inputs["ffn.2"].gelu(self.linears["ffn.0"](h)))
+        y = self.linears["ffn.2"](self._widened(h))
         return into.gate_norm_modulate(x, y, gate, *then, self.eps)
+
+    def _widened(self, h: Tensor | Codes) -> Tensor | Codes:
+        """What `ffn.2` takes of the feed-forward's normed input."""
+        first, then = self.linears["ffn.0"], self.inputs["ffn.2"]
+        if isinstance(first, PlainLinear) and then is self.kernels.plain:
+            return self.kernels.linear_gelu(h, first.weight, first.bias)
+        return then.gelu(first(h))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.models.kernels import LARGEST, Codes, Kernels, LinearInputs, gelu, rows
+from workers.models.kernels import LARGEST, TORCH, Codes, Kernels, LinearInputs, gelu, rows
 from workers.models.kv_store import LayerKV, QuantisedLayerKV
 from workers.models.rope import Rotation
 
@@ -194,6 +194,12 @@ def gate_norm_modulate_fp8(
     return total, made
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not x.is_cuda or x.dtype == torch.float32:
+        return TORCH.linear_gelu(x, weight, bias)
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)  # cuBLASLt ends with it, by tanh as on all GPUs
+
+
 def gelu_fp8(x: Tensor) -> Codes:
     return _coded(x, gelu=True)
 
@@ -278,6 +284,7 @@ TRITON = Kernels(
     "triton",
     LinearInputs(norm_modulate, gate_norm_modulate, gelu, rows),
     LinearInputs(norm_modulate_fp8, gate_norm_modulate_fp8, gelu_fp8, rows_fp8),
+    linear_gelu,
     rms_norm,
     write_qkv,
 )
