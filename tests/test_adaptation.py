@@ -69,6 +69,17 @@ def test_a_single_slow_block_is_forgiven_by_the_mean_and_not_by_p99() -> None:
     assert way(changes)[1][1] == "best"
 
 
+def test_one_very_slow_block_is_not_how_slow_a_preset_is() -> None:
+    """Whether mean or p99 left for it, the better one is back as soon as it may be."""
+    for target in ({"target_p99_ms": 200}, {"target_rtf": 1000 * BLOCK_S / 200}):
+        changes = run(
+            config(**target, longest_wait=1000),
+            lambda block, preset: (1200.0 if block == 50 else 100.0) - (preset != "best") * 10.0,
+            500,
+        )
+        assert way(changes) == [(51, "middle"), (59 + 1, "best")], target
+
+
 def test_p99_of_many_blocks_is_not_their_slowest() -> None:
     """One of 200 may be slow, three may not."""
     for slow, steps in ((1, 0), (2, 0), (3, 1)):

@@ -13,7 +13,7 @@ from configs.load import as_yaml, configs_at_presets, load_config
 from configs.schema import StreamConfig
 from ipc.errors import ConfigError
 from ipc.messages import Begin, PresetApplied
-from workers.models import preset_set
+from workers.models import execution, preset_set
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import Rollout
 from workers.models.graphs import CudaGraphs
@@ -277,6 +277,15 @@ def test_a_denoiser_that_was_started_again_goes_on_at_its_preset() -> None:
     assert load.changes == []
     load.stream(range(13, 15))
     assert load.changes == [(13, "quality")]
+
+
+def test_what_computes_attention_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each kind that presets ask for, however many do."""
+    asked: list[str] = []
+    choose = execution.choose_attention
+    monkeypatch.setattr(execution, "choose_attention", lambda kind, *given: asked.append(kind) or choose(kind, *given))
+    Load(*QUICK, presets("quality", "balanced", "speed"))
+    assert asked == ["sdpa", "auto"]
 
 
 def test_a_change_costs_no_recording(monkeypatch: pytest.MonkeyPatch) -> None:

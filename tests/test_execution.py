@@ -62,7 +62,14 @@ def test_kernels_are_what_the_device_runs(kind: KernelsKind, device: str, name: 
     notes: list[str] = []
     assert choose_kernels(kind, torch.device(device), notes.append).name == name
     assert notes == [f"kernels by {name}"]
-    assert choose_vae_kernels(kind, torch.device(device)).name == name
+    assert choose_vae_kernels(load_config("pocket", [f"execution.kernels={kind}"]), torch.device(device)).name == name
+
+
+def test_the_decoder_has_no_part_in_a_change_of_presets() -> None:
+    """A run with a target begins at a preset whose denoiser is computed by torch."""
+    config = load_config("pocket", ["adaptive.target_rtf=1"])
+    assert config.execution.kernels == "torch"
+    assert choose_vae_kernels(config, torch.device("cuda")).name == "triton"
 
 
 @pytest.mark.parametrize("kind", ["auto", "triton"])

@@ -44,7 +44,7 @@ def warned(config: RuntimeConfig) -> list[str]:
     """All that the denoiser and the VAE decoder warn of, as the daemon tells it: every line once."""
     lines: list[str] = []
     choose_passes(config, tiny_transformer(), warn=lines.append)
-    choose_frame_stream(config, CPU, lines.append)
+    choose_frame_stream(config, CPU, warn=lines.append)
     return list(dict.fromkeys(lines))
 
 

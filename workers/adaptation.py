@@ -6,6 +6,7 @@ Knows presets as names in an order, from the best picture to the fastest; what t
 import math
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 from configs.schema import AdaptiveConfig
 
@@ -25,8 +26,9 @@ class Change:
 class Adaptation:
     """Which preset is in force, and what the last blocks say of it.
 
-    The better preset is expected to be slower by what was seen when it was last left: the measure that missed the
-    target over the first measure after it. So a load that stays never brings it back, one that goes away does.
+    The better preset is expected to be slower by what was seen when it was last left: the median of the blocks that
+    missed the target over that of the first ones after it. So a load that stays never brings it back, one that goes
+    away does, and a single slow block says nothing of how slow a preset is.
 
     Args:
         block_s: seconds of video in a block.
@@ -69,8 +71,8 @@ class Adaptation:
             return None
         measured = self._measured_ms()
         if self._left is not None:
-            preset, missed = self._left
-            self._slower_by[preset], self._left = max(1.0, missed / measured), None
+            preset, usual = self._left
+            self._slower_by[preset], self._left = max(1.0, usual / median(self._times)), None
         if measured > self._limit_ms:
             return self._faster(measured)
         return self._better(measured)
@@ -88,7 +90,7 @@ class Adaptation:
             return None
         failed = self._returned and self._since < self._wait + self._config.window
         self._wait = min(2 * self._wait, self._config.longest_wait) if failed else self._config.wait
-        self._left = self.preset, measured
+        self._left = self.preset, median(self._times)
         return self._change(presets[new], measured, "misses")
 
     def _better(self, measured: float) -> Change | None:

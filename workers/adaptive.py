@@ -28,8 +28,10 @@ class AdaptivePresets:
     """
 
     def __init__(
-        self, config: RuntimeConfig, preset: str, model: CausalWanTransformer, on_pass: AfterPass, say: Say, warn: Say
+        self, config: RuntimeConfig, model: CausalWanTransformer, on_pass: AfterPass, say: Say, warn: Say
     ) -> None:
+        preset = config.preset
+        assert preset is not None, "load_config names one"
         self._presets = PresetSet(preset, configs_at_presets(config), model, on_pass, say, warn)
         self._adaptation = Adaptation(config.adaptive, config.stream.frames_in(1) / config.video.fps, preset)
         self._window_blocks = config.stream.window_blocks

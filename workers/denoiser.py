@@ -29,7 +29,7 @@ from ipc.messages import (
 )
 from ipc.tensor_ring import Slots
 from workers.adaptive import AdaptivePresets
-from workers.device_timer import device_timer
+from workers.device_timer import device_timer, wait
 from workers.inputs import noise_source
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import LatentHistory, Rollout
@@ -103,8 +103,7 @@ class DenoiserStage:
         say, warn = notes.append, self.warnings.append
         transformer = load_transformer(config.model, self._device)
         if config.adaptive.is_on:
-            assert config.preset is not None, "load_config names one"
-            self._adaptive = AdaptivePresets(config, config.preset, transformer, self._after_pass, say, warn)
+            self._adaptive = AdaptivePresets(config, transformer, self._after_pass, say, warn)
             passes = self._adaptive.passes
         else:
             passes = choose_passes(config, transformer, self._after_pass, say, own=True, warn=warn)
@@ -138,6 +137,7 @@ class DenoiserStage:
         noise = DrawnNoise(0, rollout.shape)
         rollout.block = self._config.stream.window_blocks
         rollout.denoise_block(noise)
+        wait(self._device)  # its clean pass does not belong to the next block's time
         began = self._clock()
         rollout.denoise_block(noise).cpu()
         elapsed_ms = (self._clock() - began) / 1e6
@@ -187,6 +187,7 @@ class DenoiserStage:
         may_abort = self._config.stream.switch == "abort" and isinstance(decision, Keep)
         self._hand_over(slot, block, self._denoise(block, may_abort), began)
         self._rollout.remember()
+        self._rollout.expect_noise(self._noise)
         took_ms = self._say_done(block, began)
         if self._adaptive is not None and self._prompts.version == version:
             self._adaptive.after_block(block, took_ms)
@@ -215,16 +216,15 @@ class DenoiserStage:
 
     def _put_in_force(self, decision: Apply, block: int) -> None:
         assert self._begin is not None
-        began = time.monotonic_ns()
+        began = self._clock()
         if self._rollout.block < self._begin.block:
             self._rollout.resume(self._begin.block, decision.embeds)
             self._fresh = True
         else:
             self._rollout.switch(decision.embeds)
         self._prompts.applied(decision.version, block)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        ended = time.monotonic_ns()
+        wait(self._device)
+        ended = self._clock()
         self._to_daemon(PromptApplied(version=decision.version, block=block, began_ns=began, ended_ns=ended))
 
     def _denoise(self, block: int, may_abort: bool) -> Tensor:
@@ -245,8 +245,7 @@ class DenoiserStage:
         self._on_pass()
         if not self._may_abort:
             return False
-        if self._device.type == "cuda":  # else the host, which is ahead, asks before the step has run
-            torch.cuda.current_stream(self._device).synchronize()
+        wait(self._device)  # the host, which is ahead, would ask before the step has run
         while self._take_embeds():
             pass
         return isinstance(self._prompts.decide(self._rollout.block), Apply)

@@ -25,6 +25,12 @@ class HostTimer:
         """Nothing."""
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what this thread has queued; on the CPU a call that returned has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class EventTimer:
     """For a GPU: two events on the current stream, used again and again."""
 

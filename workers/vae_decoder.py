@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.schema import LATENT_CHANNELS, TEMPORAL_STRIDE, RuntimeConfig, StageName
 from ipc.messages import BlockDone, EndOfStream, FramesReady, LatentsReady, Message, RingExported
 from ipc.tensor_ring import Slots
-from workers.device_timer import device_timer
+from workers.device_timer import device_timer, wait
 from workers.latents_source import LatentsSource
 from workers.models.execution import choose_frame_stream
 from workers.ports import RingReader, RingWriter, Send
@@ -63,7 +63,9 @@ class VaeDecoderStage:
 
     def load(self) -> None:
         """The decoder onto its device. Raises UserError."""
-        self._stream = choose_frame_stream(self._config, self._device, self.warnings.append)
+        notes: list[str] = []
+        self._stream = choose_frame_stream(self._config, self._device, notes.append, self.warnings.append)
+        self.note = "; ".join(notes) or None
 
     def warm_up(self) -> float:
         """Milliseconds of a block that is not the first; the stream begins afresh afterwards."""
@@ -115,8 +117,7 @@ class VaeDecoderStage:
         began = time.monotonic_ns()
         self._timer.begin()
         own = self._source.tensor(taken.slot).to(self._device, copy=True)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        wait(self._device)
         self._latents.release(taken)
         if message.fresh:
             self._stream.begin()

@@ -163,7 +163,7 @@ def edge_ratio(model: Autoencoder, latents: Tensor) -> float:
         made = to_rgb8(exact.decode(part.float())).float()
         seen.append(torch.stack(changes(made, made[:, :1]), dim=1))
     at_edges, elsewhere = torch.cat(seen).mean(dim=0).tolist()
-    return at_edges / elsewhere
+    return (at_edges + LEAST_CHANGE) / (elsewhere + LEAST_CHANGE)
 
 
 @torch.no_grad()

@@ -113,7 +113,12 @@ class Rollout:
         latents = self.denoise(noise)
         assert latents is not None, "nobody ended it"
         self.remember()
+        self.expect_noise(noise)
         return latents
+
+    def expect_noise(self, noise: NoiseSource) -> None:
+        """Has the next block's noise drawn, after `remember`, while a GPU is at the clean pass."""
+        noise.expect(self.block, len(self.schedule.steps))
 
     @torch.inference_mode()
     def denoise(self, noise: NoiseSource) -> Tensor | None:
@@ -132,7 +137,6 @@ class Rollout:
         clean = self.passes.denoise(plan, self.block, noise)
         if clean is None:
             return None
-        noise.expect(self.block + 1, len(self.schedule.steps))  # before a GPU is waited for
         if not bool(torch.isfinite(clean).all()):
             raise NonFiniteLatents(f"block {self.block}: the latents hold NaN or infinity")
         self.history.put(self.block, clean)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from configs.schema import KernelsKind, KVKind, RuntimeConfig, TransformerConfig
-from workers.models.attention import AttentionSize, choose_attention
+from workers.models.attention import Attention, AttentionSize, choose_attention
 from workers.models.audit import Audit
 from workers.models.checkpoint import load_tiny_vae, load_vae_decoder
 from workers.models.fp8 import Fp8Linears, choose_multiply, scaled_mm
@@ -47,6 +47,7 @@ def choose_passes(
     warn: Say = unheard,
     beside: Sequence[Passes] = (),
     record: Recorder | None = None,
+    attention: Attention | None = None,
 ) -> Passes:
     """The denoiser's passes as `model.attention` and `execution` say; graphs only where the model lies on a GPU.
 
@@ -56,12 +57,13 @@ def choose_passes(
         warn: told what was asked for, is not to be had here, and is done in another way.
         beside: other passes of the model, of which one runs at a time; their memory is used where it is of the kind.
         record: as of `StaticPasses`; by `execution.graphs` if not given.
+        attention: by `model.attention` if not given; else it was tried before.
 
     Raises:
         ConfigError: what is asked for does not run here.
     """
     size = attention_size(config, model.config)
-    model.attention = choose_attention(config.model.attention, model.device, model.dtype, size)
+    model.attention = attention or choose_attention(config.model.attention, model.device, model.dtype, size)
     say(model.attention.note)
     execution = config.execution
     if execution.denoiser == "plain":
@@ -118,11 +120,11 @@ def choose_kernels(kind: KernelsKind, device: torch.device, say: Say = unheard, 
     if kind == "torch" or lack:
         if kind == "triton" and lack:
             warn(fallback("kernels: triton", *lack, "torch"))
-        say("kernels by torch")
+        say(f"kernels by {TORCH.name}")
         return TORCH
     from workers.models.triton_kernels import TRITON
 
-    say("kernels by triton")
+    say(f"kernels by {TRITON.name}")
     return TRITON
 
 
@@ -143,21 +145,29 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
     return x + x
 
 
-def choose_frame_stream(config: RuntimeConfig, device: torch.device, warn: Say = unheard) -> FrameStream:
-    """The decoder of latents on a device, as `model.decoder` says. Raises CheckpointError, ConfigError."""
+def choose_frame_stream(
+    config: RuntimeConfig, device: torch.device, say: Say = unheard, warn: Say = unheard
+) -> FrameStream:
+    """The decoder of latents on a device, as `model.decoder` says. Raises CheckpointError, ConfigError.
+
+    Args:
+        say, warn: as of `choose_passes`.
+    """
     size = (config.video.latent_height, config.video.latent_width)
     native = choose_native(config, device, warn)
     decoder: FrameDecoder
     if config.model.decoder == "tiny":
         decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
     else:
-        kernels = choose_vae_kernels(config.execution.kernels, device, warn)
+        kernels = choose_vae_kernels(config, device, warn)
+        say(f"what lies between convolutions by {'code compiled here' if native else kernels.name}")
         decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, native, kernels)
     return FrameStream(decoder, config.video, device, choose_recorder(config, device, warn))
 
 
-def choose_vae_kernels(kind: KernelsKind, device: torch.device, warn: Say = unheard) -> VaeKernels:
-    """As `choose_kernels`, what the VAE's decoder computes with."""
+def choose_vae_kernels(config: RuntimeConfig, device: torch.device, warn: Say = unheard) -> VaeKernels:
+    """As `choose_kernels`, for the VAE's decoder; presets that the denoiser changes between are not its matter."""
+    kind = "auto" if config.adaptive.is_on else config.execution.kernels
     if choose_kernels(kind, device, warn=warn) is TORCH:
         return VAE_TORCH
     from workers.models.triton_vae import TRITON

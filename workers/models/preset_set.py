@@ -6,7 +6,7 @@ Knows what they share and what is handed over from one to the next; not when to 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from configs.schema import RuntimeConfig, StreamConfig, Switch
+from configs.schema import AttentionKind, RuntimeConfig, StreamConfig, Switch
 from workers.models.attention import Attention
 from workers.models.denoise import Rollout
 from workers.models.execution import Say, choose_passes, choose_recorder, unheard
@@ -52,6 +52,7 @@ class PresetSet:
         self._model = model
         self._ready: dict[str, Ready] = {}
         recorders: dict[Switch, Recorder] = {}
+        attentions: dict[AttentionKind, Attention] = {}
         for each, config in configs.items():
             say(f"preset {each}")
             graphs = config.execution.graphs
@@ -59,7 +60,11 @@ class PresetSet:
                 recorders[graphs] = choose_recorder(config, model.device, warn)
             others = {other: ready.passes for other, ready in self._ready.items()}
             beside, record = tuple(others.values()), recorders[graphs]
-            passes = choose_passes(config, model, on_pass, say, warn=warn, beside=beside, record=record)
+            kind = config.model.attention
+            passes = choose_passes(
+                config, model, on_pass, say, warn=warn, beside=beside, record=record, attention=attentions.get(kind)
+            )
+            attentions[kind] = model.attention
             whose = [other for other, theirs in others.items() if _same_memory(theirs, passes)]
             say(f"keys and values {f'of {whose[0]}' if whose else f'{passes.nbytes / 2**20:.1f} MiB'}")
             self._ready[each] = Ready(config.stream, model.attention, passes)

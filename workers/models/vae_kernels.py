@@ -74,7 +74,7 @@ class VaeKernels:
     """One way to compute the operations above; each field is as the function of its name.
 
     Attributes:
-        name: what a log would say.
+        name: what the log says.
     """
 
     name: str
