@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from stage_case import DenoiserCase, MadeBlock, MemoryRing, ignore
 
 from configs.rings import ring_specs
 from configs.schema import Execution
-from ipc.messages import BlockDone, ExpectPrompt, FramesReady, Message
+from ipc.messages import BlockDone, ExpectPrompt, FramesReady, Message, PromptApplied
 from workers.latents_source import HostSource
 from workers.models.denoise import Rollout
 from workers.stage import Progress, run_stage
@@ -240,3 +241,16 @@ def test_decoding_begins_before_the_clean_pass_ends(monkeypatch: pytest.MonkeyPa
         thread.join()
     assert events == [f"{what} of block {block}" for block in range(3) for what in ("first frames", "clean pass")]
     assert [said.block for said in case.said if isinstance(said, BlockDone)] == [0, 1, 2]
+
+
+def test_all_stamps_are_of_the_stages_clock() -> None:
+    """A recache lies within its block, on the axis of the clock that was given."""
+    ticks = count(1000)
+    case = DenoiserCase(clock=lambda: next(ticks))
+    for version in range(2):
+        case.prompt(version)
+        case.block()
+    blocks = [said for said in case.said if isinstance(said, BlockDone)]
+    recaches = [said for said in case.said if isinstance(said, PromptApplied)]
+    for block, recache in zip(blocks, recaches, strict=True):
+        assert 1000 <= block.began_ns < recache.began_ns < recache.ended_ns < block.ended_ns < 1100
