@@ -2,30 +2,23 @@
 
     scripts/bench count --config longlive-1.3b
 
-Models lie on torch's meta device, so that every operation is dispatched and none is computed. One operation that is
-dispatched is one kernel that reads its arguments and writes its results once; attention and what `kernels.py` and
-`vae_kernels.py` name are one kernel each on the fast path, as they are on a GPU. A kernel's time is the longer of its
-operations at the rate of the matrix units and its bytes at that of the memory. The last line is JSON.
+Models lie on torch's meta device, so that every operation is dispatched and none is computed, and `counting.py` counts;
+what `kernels.py` and `vae_kernels.py` name is one kernel each on the fast path, as on a GPU. The last line is JSON.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from baseline import BaselinePasses
 from baseline_vae import BaselineVae
+from counting import AttentionCounted, Counted
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from configs.load import load_config
 from configs.schema import LATENT_CHANNELS, RuntimeConfig
@@ -46,94 +39,12 @@ from workers.models.vae_kernels import VaeKernels
 FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
 """Of an H200: bfloat16 products and copies as measured on one (an 8192-cubed product, a copy of 8.6 GB)."""
 PROMPT_TOKENS = 64
-SILENT = ("_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "alias", "set_")
-"""Dispatched, and no kernel."""
-COMPOSED = ("linear", "matmul", "conv2d", "conv3d")
-"""Counted as what they are made of."""
-SCATTERED = ("index_copy_", "index_put_", "_index_put_impl_")
-"""Read what is written alone, not all of where it goes."""
 META = torch.device("meta")
 
 
-class Counted(TorchDispatchMode):
-    """Counts what is dispatched under it.
-
-    Attributes:
-        kernels, flops, bytes: of it all.
-        seconds: what the two rates allow.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels = 0
-        self.flops = self.bytes = self.seconds = 0.0
-        self._inside_one = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._overloadpacket.__name__
-        if name in COMPOSED:
-            with self:
-                return func.decompose(*args, **kwargs)
-        result = func(*args, **kwargs)
-        if not self._inside_one and name not in SILENT and not _is_view(func):
-            formula = flop_registry.get(func._overloadpacket)
-            flops = float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
-            touched = (args[-1], args[-1]) if name in SCATTERED else (*_distinct((args, kwargs, result)),)
-            self.add(flops, sum(tensor.nbytes for tensor in touched if isinstance(tensor, Tensor)))
-        return result
-
-    def add(self, flops: float, moved: float) -> None:
-        """One kernel."""
-        self.kernels += 1
-        self.flops += flops
-        self.bytes += moved
-        self.seconds += max(flops / FLOPS_PER_S, moved / BYTES_PER_S)
-
-    @contextmanager
-    def as_one(self) -> Iterator[None]:
-        """What is dispatched inside does not count by itself."""
-        before, self._inside_one = self._inside_one, True
-        yield
-        self._inside_one = before
-
-    def fused(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as one kernel that reads its tensors and writes its results."""
-
-        def run(*args: Any) -> Any:
-            with self.as_one():
-                result = function(*args)
-            self.add(0.0, sum(tensor.nbytes for tensor in _distinct((args, result))))
-            return result
-
-        return run
-
-
-class AttentionCounted(TorchFunctionMode):
-    """SDPA as one kernel: two products, and no logits in memory."""
-
-    def __init__(self, counted: Counted) -> None:
-        super().__init__()
-        self._counted = counted
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        q, k, v = args[:3]
-        with self._counted.as_one():
-            out = torch.empty_like(q)
-        self._counted.add(4.0 * q.numel() * k.shape[-2], sum(tensor.nbytes for tensor in (q, k, v, out)))
-        return out
-
-
-def _distinct(tree: object) -> Sequence[Tensor]:
-    return tuple({id(leaf): leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}.values())
-
-
-def _is_view(func: Any) -> bool:
-    infos = [value.alias_info for value in func._schema.returns]
-    return any(info is not None and not info.is_write for info in infos)
+def new_count() -> Counted:
+    """At the rates of an H200."""
+    return Counted(FLOPS_PER_S, BYTES_PER_S)
 
 
 def fused_kernels(counted: Counted) -> Kernels:
@@ -180,7 +91,7 @@ def denoiser_rows(config: RuntimeConfig) -> list[Row]:
 
     def counted(build: Callable[[CausalWanTransformer], Any], *, unmerged: bool) -> Counted:
         model = meta_transformer(config, unmerged=unmerged)
-        passes, tally = build(model), Counted()
+        passes, tally = build(model), new_count()
         noise = DrawnNoise(0, (stream.frames_per_block, LATENT_CHANNELS, video.latent_height, video.latent_width))
         with torch.inference_mode(), AttentionCounted(tally):
             passes.take_prompt(embeds)
@@ -193,7 +104,7 @@ def denoiser_rows(config: RuntimeConfig) -> list[Row]:
         return tally
 
     def static() -> Counted:
-        tally = Counted()
+        tally = new_count()
         passes = StaticPasses(meta_transformer(config, unmerged=False), stream, video, kernels=fused_kernels(tally))
         shape = Shape(1, stream.window_blocks, 0, passes.static.text.lengths[2])
         with torch.inference_mode(), AttentionCounted(tally), tally:
@@ -229,7 +140,7 @@ def vae_rows(config: RuntimeConfig) -> list[Row]:
     size = (LATENT_CHANNELS, config.video.latent_height, config.video.latent_width)
     latent, rows = torch.empty(size, device=META), []
     for way in ("VAE, straightforward", "VAE"):
-        tally = Counted()
+        tally = new_count()
         with META:
             decoder = VaeDecoder(config.model.vae).to(getattr(torch, config.model.vae_dtype))
         if way == "VAE":
@@ -238,7 +149,7 @@ def vae_rows(config: RuntimeConfig) -> list[Row]:
         else:
             straight = BaselineVae(decoder)
             decode = lambda straight=straight: straight.decode(latent[None])  # noqa: E731
-            with torch.inference_mode(), AttentionCounted(Counted()):
+            with torch.inference_mode(), AttentionCounted(new_count()):
                 decode()
         with torch.inference_mode(), AttentionCounted(tally), tally:
             for _ in range(config.stream.frames_per_block):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from bench_roofline import decoder, denoiser
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configs.load import load_config
@@ -47,6 +48,7 @@ def table(stage: str, block: Callable[[], object], blocks: int, on_gpu: bool) ->
     times = {
         event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
         for event in profiled.key_averages()
+        if not on_gpu or event.device_type == DeviceType.CUDA  # an operation of the host's has its kernels' time too
     }
     whole = sum(microseconds for microseconds, _ in times.values())
     first = sorted(times.items(), key=lambda item: -item[1][0])[:LISTED]

@@ -1,9 +1,8 @@
 """For `orchestrator bench roofline`: operations and bytes of a block, the device's ceilings, share of the limit.
 
-Counted is what the shipped path dispatches with a full window, operation by operation, with graphs and compiled pieces
-off so that each is seen; measured is the path as configured, each stage alone. An operation's limit is the longer of
-two times: its floating point operations over the matmul's rate, and its bytes, all arguments read and all results
-written once, over the copy's rate (Williams et al. 2009); a stage's is the sum. Prints JSON.
+Counted, by `counting.py`, is what the shipped path dispatches with a full window, with graphs and compiled pieces off so
+that each operation is seen; measured is the path as configured, each stage alone. The rates are the device's own, of a
+large product and of a large copy. Prints JSON.
 """
 
 import argparse
@@ -15,10 +14,7 @@ from typing import Any
 
 import torch
 from bench_block import block_decoder, block_stream
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from counting import AttentionCounted, Counted
 
 from configs.load import load_config
 from configs.schema import RuntimeConfig
@@ -58,7 +54,7 @@ def roofline(config: RuntimeConfig, repeats: int) -> dict[str, Any]:
     for stage, (build, dtype) in stages.items():
         counted = Counted(rates[dtype], copied)
         block = build(seen)
-        with counted:
+        with AttentionCounted(counted), counted:
             block()
         measured = block_ms(build(config), repeats, device)
         parts.append(
@@ -97,46 +93,6 @@ def decoder(config: RuntimeConfig) -> Block:
     stream = choose_frame_stream(config, device)
     stream.record_all()
     return block_decoder(config, stream.decode, device)
-
-
-class Counted(TorchDispatchMode):
-    """Counts what is dispatched under it: `flops`, `bytes`, and the `seconds` that the limits allow.
-
-    Args:
-        flops_per_s, bytes_per_s: the ceilings.
-    """
-
-    def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
-        super().__init__()
-        self.flops = self.bytes = self.seconds = 0.0
-        self._rates = flops_per_s, bytes_per_s
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._overloadpacket not in flop_registry:
-            with self:
-                result = func.decompose(*args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-        result = func(*args, **kwargs)
-        if not _is_view(func):
-            self._count(func, args, kwargs, result)
-        return result
-
-    def _count(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        formula = flop_registry.get(func._overloadpacket)
-        flops = float(formula(*args, **kwargs, out_val=result)) if formula else 0.0
-        tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)}
-        moved = float(sum(tensor.nbytes for tensor in tensors.values()))
-        self.flops += flops
-        self.bytes += moved
-        self.seconds += max(flops / self._rates[0], moved / self._rates[1])
-
-
-def _is_view(func: Any) -> bool:
-    """Whether the result shares its argument's memory and nothing is written."""
-    infos = [value.alias_info for value in func._schema.returns]
-    return any(info is not None and not info.is_write for info in infos)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

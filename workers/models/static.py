@@ -71,7 +71,6 @@ class StaticLayer:
     Attributes:
         linears: by those names.
         inputs: by the same names, what makes their inputs: codes for a linear in e4m3, else tensors.
-        one_product: whether the feed-forward's GELU can be the end of the product before it.
         modulation: [T, 6, dim] float32: shift, scale (1 included), gate of self-attention, then of the feed-forward.
     """
 
@@ -88,7 +87,6 @@ class StaticLayer:
         self.inputs = {
             name: kernels.fp8 if isinstance(made, Fp8Linear) else kernels.plain for name, made in self.linears.items()
         }
-        self.one_product = isinstance(self.linears["ffn.0"], PlainLinear) and self.inputs["ffn.2"] is kernels.plain
         self.modulation = layer.modulation[0].float() + times.float()
         self.modulation[:, (1, 4)] += 1
         self.norm3 = (layer.norm3.weight.float(), layer.norm3.bias.float())
@@ -138,7 +136,7 @@ class StaticLayer:
     def _widened(self, h: Tensor | Codes) -> Tensor | Codes:
         """What `ffn.2` takes of the feed-forward's normed input."""
         first = self.linears["ffn.0"]
-        if self.one_product:
+        if isinstance(first, PlainLinear) and self.inputs["ffn.2"] is self.kernels.plain:
             return self.kernels.linear_gelu(h, first.weight, first.bias)
         return self.inputs["ffn.2"].gelu(first(h))
 
