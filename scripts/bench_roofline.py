@@ -1,8 +1,8 @@
 """For `orchestrator bench roofline`: operations and bytes of a block, the device's ceilings, share of the limit.
 
-Counted, by `counting.py`, is what the shipped path dispatches with a full window, with graphs and compiled pieces off so
-that each operation is seen; measured is the path as configured, each stage alone. The rates are the device's own, of a
-large product and of a large copy. Prints JSON.
+Counted, by `counting.py`, is what the shipped path dispatches with a full window, with graphs and compiled pieces off
+so that each operation is seen; measured is the path as configured, each stage alone. The rates are the device's own,
+of a large product and of a large copy. Prints JSON.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Counts what torch dispatches: kernels, bytes and floating point operations, and the time that two rates allow.
 
 One operation that is dispatched is one kernel that reads its arguments and writes its results once. A kernel's time is
-the longer of its operations at one rate and its bytes at the other (Williams et al. 2009). Knows no model and no device.
+the longer of its operations at one rate and its bytes at the other (Williams et al. 2009). Knows no model and no
+device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
