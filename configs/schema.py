@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+VaeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""What the VAE computes in; `auto` is bfloat16, but float32 on a CPU that has no instructions for bfloat16."""
 Execution = Literal["plain", "static"]
 """How the denoiser's passes are computed: one operation after the other, or with shapes and addresses that stay."""
 KVKind = Literal["model", "int8", "fp8"]
@@ -165,7 +167,7 @@ class ModelConfig(Part):
     files: FilesConfig = FilesConfig()
     generator: Literal["generator", "generator_ema"] = "generator"
     dtype: Dtype = "float32"
-    vae_dtype: Dtype = "float32"
+    vae_dtype: VaeDtype = "float32"
     text_dtype: Dtype = "float32"
     attention: AttentionKind = "auto"
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from configs.load import load_config
 from configs.schema import LATENT_CHANNELS, RuntimeConfig
-from workers.models.checkpoint import load_transformer, load_vae_decoder
+from workers.models.checkpoint import load_transformer, load_vae_decoder, vae_dtype
 from workers.models.denoise import Rollout
 from workers.models.execution import choose_frame_stream, choose_passes
 from workers.models.noise import DrawnNoise
@@ -47,7 +47,10 @@ def main() -> None:
     block = in_turn(denoisers(config, chosen.append), given.blocks)
     vae = in_turn(decoders(config), given.blocks)
     device = config.stage("denoiser").device
-    title = f"{config.name} on {device}, {config.model.dtype}, VAE {config.model.vae_dtype}, {given.threads} thread(s)"
+    computed_in = str(vae_dtype(config.model, torch.device(config.stage("vae_decoder").device or "cpu")))[
+        len("torch.") :
+    ]
+    title = f"{config.name} on {device}, {config.model.dtype}, VAE {computed_in}, {given.threads} thread(s)"
     table = Table("ms a block", "median", "least", "times as fast", title=title)
     for name, times in (*block.items(), *vae.items()):
         first = next(iter((block if name in block else vae).values()))
@@ -64,7 +67,7 @@ def main() -> None:
                 "config": config.name,
                 "device": device,
                 "dtype": config.model.dtype,
-                "vae_dtype": config.model.vae_dtype,
+                "vae_dtype": computed_in,
                 "threads": given.threads,
                 "torch": torch.__version__,
             }

@@ -23,6 +23,7 @@ from torch import Tensor
 from configs.load import load_config
 from configs.schema import LATENT_CHANNELS, RuntimeConfig
 from workers.models.attention import Attention, attend_sdpa
+from workers.models.checkpoint import vae_dtype
 from workers.models.kernels import TORCH, Kernels, LinearInputs
 from workers.models.kv_cache import CacheLayout
 from workers.models.lora import add_lora, lora_shapes
@@ -142,7 +143,7 @@ def vae_rows(config: RuntimeConfig) -> list[Row]:
     for way in ("VAE, straightforward", "VAE"):
         tally = new_count()
         with META:
-            decoder = VaeDecoder(config.model.vae).to(getattr(torch, config.model.vae_dtype))
+            decoder = VaeDecoder(config.model.vae).to(vae_dtype(config.model, META))
         if way == "VAE":
             vae = StaticVae(decoder, *size[1:], kernels=fused_vae_kernels(tally))
             decode = lambda vae=vae: vae.frames(latent, first=False)  # noqa: E731

@@ -18,7 +18,7 @@ from counting import AttentionCounted, Counted
 
 from configs.load import load_config
 from configs.schema import RuntimeConfig
-from workers.models.checkpoint import load_transformer
+from workers.models.checkpoint import load_transformer, vae_dtype
 from workers.models.execution import choose_frame_stream, choose_passes
 
 MATMUL = {"cpu": 1536, "cuda": 8192}
@@ -43,13 +43,12 @@ def main() -> None:
 def roofline(config: RuntimeConfig, repeats: int) -> dict[str, Any]:
     """As `orchestrator.bench.report.Roofline`."""
     device = torch.device(config.stage("denoiser").device or "cpu")
-    rates = {
-        dtype: matmul_rate(device, getattr(torch, dtype)) for dtype in (config.model.dtype, config.model.vae_dtype)
-    }
+    dtypes = getattr(torch, config.model.dtype), vae_dtype(config.model, device)
+    rates = {dtype: matmul_rate(device, dtype) for dtype in dtypes}
     copied = copy_rate(device)
     execution, model = config.execution.model_copy(update=SEEN), config.model.model_copy(update={"attention": "sdpa"})
     seen = config.model_copy(update={"execution": execution, "model": model})
-    stages = {"denoiser": (denoiser, config.model.dtype), "vae_decoder": (decoder, config.model.vae_dtype)}
+    stages = {"denoiser": (denoiser, dtypes[0]), "vae_decoder": (decoder, dtypes[1])}
     parts = []
     for stage, (build, dtype) in stages.items():
         counted = Counted(rates[dtype], copied)
@@ -71,7 +70,7 @@ def roofline(config: RuntimeConfig, repeats: int) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
-        "dtype_flops_per_s": rates,
+        "dtype_flops_per_s": {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()},
         "bytes_per_s": copied,
         "parts": parts,
     }

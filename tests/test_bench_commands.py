@@ -169,7 +169,13 @@ def test_ablations_leave_out_what_changes_nothing_here() -> None:
     on = [name for name, _ in ablations(base.with_settings("preset=reference"), ON)]
     assert on == ["static blocks", "native VAE operations", "fastest attention"]
     geometry = dict(geometry_ablations(base))
-    assert list(geometry) == ["window 6", "window 9", "model.dtype bfloat16", "model.vae_dtype float32"]
+    assert list(geometry) == [
+        "window 6",
+        "window 9",
+        "model.dtype bfloat16",
+        "model.vae_dtype float32",
+        "model.vae_dtype bfloat16",
+    ]
     assert geometry["window 9"].load().stream.window == 9
 
 

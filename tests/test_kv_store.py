@@ -12,7 +12,7 @@ from teacher_forced import worst_error
 from configs.schema import StreamConfig
 from workers.models.denoise import Rollout
 from workers.models.kernels import LARGEST, quantised
-from workers.models.kv_store import QuantisedKVStore
+from workers.models.kv_store import QuantisedKVStore, new_store
 from workers.models.noise import DrawnNoise
 from workers.models.static_passes import StaticPasses
 
@@ -64,6 +64,27 @@ def test_a_stream_in_eight_bits_weighs_less_and_stays_finite(kind: str) -> None:
             rollout.switch(embeds(1))
         latents = rollout.denoise_block(noise)
     assert 0.01 < float(latents.std()) < 100
-    head_dim = model.config.head_dim
-    assert passes.nbytes / exact.nbytes == pytest.approx((head_dim + 4) / (4 * head_dim))
+    head_dim, slots = model.config.head_dim, stream.window_blocks
+    as_seen_by_one_layer = 2 * slots / (2 * slots + stream.sink_blocks) / model.config.num_layers
+    assert passes.nbytes / exact.nbytes == pytest.approx((head_dim + 4) / (4 * head_dim) + as_seen_by_one_layer)
     assert model.device == CPU
+
+
+@kinds
+def test_the_blocks_at_work_are_seen_as_they_are_and_the_past_through_its_codes(kind: str) -> None:
+    stream = StreamConfig()
+    sizes = {"layers": 2, "heads": 2, "head_dim": 8, "frame_tokens": 4, "device": CPU}
+    first, second = new_store(kind, stream, torch.float32, **sizes).layers  # type: ignore[arg-type]
+    tokens, random = first.block_tokens, torch.Generator().manual_seed(0)
+
+    def drawn() -> torch.Tensor:
+        return torch.randn(tokens, 2, 8, generator=random)
+
+    past, now, other = (drawn(), drawn()), (drawn(), drawn()), (drawn(), drawn())
+    first.write(torch.tensor([1]), *past)
+    second.write(torch.tensor([1]), *other)
+    first.write(torch.tensor([2]), *now)
+    for seen, was, present in zip(first.visible(3), past, now, strict=True):
+        codes, scale = quantised(was, CODES[kind])
+        assert torch.equal(seen[tokens : 2 * tokens], codes.float() * scale)
+        assert torch.equal(seen[2 * tokens :], present)

@@ -1,5 +1,6 @@
 """What eight bits do to the pictures of the shipped weights, each block from the exact stream's context and noise."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -111,13 +112,13 @@ def decibels() -> Decibels:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pictures_of_every_block_stay_near(decibels: Decibels, kind: str) -> None:
-    """From the exact latents of the last step; 8 bits are really used, so some error there is."""
+    """From the exact latents of the last step; 8 bits are really used, so some error there is where there is a past."""
     assert len(decibels[kind]) == len(PROMPTS) * BLOCKS
-    assert all(BAR_DB <= last < 80 for _, _, last in decibels[kind])
+    assert all(last >= BAR_DB for _, _, last in decibels[kind])
+    assert all(math.isfinite(last) for block, _, last in decibels[kind] if block > 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_blocks_stay_near(decibels: Decibels, kind: str) -> None:
-    """All steps by it. Where objects start is read off the first block's noise; keys in fp8 are too coarse for that."""
-    first = 1 if kind == "fp8 keys and values" else 0
-    assert min(db for block, db, _ in decibels[kind] if block >= first) >= BAR_DB
+    """All steps by it."""
+    assert min(db for _, db, _ in decibels[kind]) >= BAR_DB

@@ -149,8 +149,8 @@ def geometry_ablations(base: Subject) -> list[tuple[str, Subject]]:
     windows = [frames for frames in range(sink + block, 4 * block + 1, block) if frames != config.stream.window]
     found = [(f"window {frames}", base.with_settings(f"stream.window={frames}")) for frames in windows]
     for key, dtype in (("model.dtype", config.model.dtype), ("model.vae_dtype", config.model.vae_dtype)):
-        other = "bfloat16" if dtype == "float32" else "float32"
-        found.append((f"{key} {other}", base.with_settings(f"{key}={other}")))
+        others = [other for other in ("float32", "bfloat16") if other != dtype]
+        found += [(f"{key} {other}", base.with_settings(f"{key}={other}")) for other in others]
     return found
 
 

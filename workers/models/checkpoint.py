@@ -81,8 +81,17 @@ def load_tiny_vae(model: ModelConfig, device: torch.device) -> TinyVae:
     """TAEHV's decoder in `model.vae_dtype`. Raises CheckpointError, ConfigError."""
     vae = _on_meta(TinyVae)
     file = _file(model, "tiny VAE", model.files.tiny_vae, tiny_vae_shapes())
-    _give(vae, file, shapes_of(vae), device, getattr(torch, model.vae_dtype))
+    _give(vae, file, shapes_of(vae), device, vae_dtype(model, device))
     return _ready(vae).prepare()
+
+
+def vae_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """`model.vae_dtype` on a device. Where a CPU only emulates bfloat16, convolutions take some ten times as long."""
+    if model.vae_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, model.vae_dtype)
+        return dtype
+    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if emulated else torch.bfloat16
 
 
 def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder":
@@ -255,7 +264,7 @@ def _existing(root: Path, names: Iterable[str]) -> Path | None:
 
 def _vae_part(part: Part, model: ModelConfig, device: torch.device) -> Part:
     file = _file(model, "VAE", model.files.vae, vae_shapes(model.vae))
-    _give(part, file, shapes_of(part), device, getattr(torch, model.vae_dtype))
+    _give(part, file, shapes_of(part), device, vae_dtype(model, device))
     return _ready(part)
 
 

@@ -9,7 +9,7 @@ import torch
 from configs.schema import KernelsKind, KVKind, RuntimeConfig, TransformerConfig
 from workers.models.attention import Attention, AttentionSize, choose_attention
 from workers.models.audit import Audit
-from workers.models.checkpoint import load_tiny_vae, load_vae_decoder
+from workers.models.checkpoint import load_tiny_vae, load_vae_decoder, vae_dtype
 from workers.models.fp8 import Fp8Linears, choose_multiply, scaled_mm
 from workers.models.frame_stream import FrameDecoder, FrameStream
 from workers.models.graphs import CudaGraphs, Recorder, run_directly
@@ -160,7 +160,8 @@ def choose_frame_stream(
         decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
     else:
         kernels = choose_vae_kernels(config, device, warn)
-        say(f"what lies between convolutions by {'code compiled here' if native else kernels.name}")
+        dtype = str(vae_dtype(config.model, device)).removeprefix("torch.")
+        say(f"{dtype}, what lies between convolutions by {'code compiled here' if native else kernels.name}")
         decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, native, kernels)
     return FrameStream(decoder, config.video, device, choose_recorder(config, device, warn))
 

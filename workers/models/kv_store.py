@@ -100,27 +100,34 @@ class QuantisedLayerKV(LayerKV):
 
     Args:
         scales: [slots, block tokens, heads, 1] float32 of keys and of values, [sink slots, ...] of the sink's keys.
-        dtype: what attention sees.
+        seen: keys and values as attention sees them, [slots, block tokens, heads, head_dim] each, all layers' in turn.
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, sink_k: Tensor, scales: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+        self,
+        k: Tensor,
+        v: Tensor,
+        sink_k: Tensor,
+        scales: tuple[Tensor, Tensor, Tensor],
+        seen: tuple[Tensor, Tensor],
     ) -> None:
         super().__init__(k, v, sink_k)
         self.k_scale, self.v_scale, self.sink_scale = scales
-        self.dtype = dtype
+        self.seen_k, self.seen_v = seen
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        self._put(self.k, self.k_scale, slots, k)
-        self._put(self.v, self.v_scale, slots, v)
+        """As of `LayerKV`; what is written is seen as it was given until this or another layer is written to next."""
+        parts = (self.k, self.k_scale, self.seen_k, k), (self.v, self.v_scale, self.seen_v, v)
+        for mine, scales, seen, new in parts:
+            self._put(mine, scales, slots, new)
+            seen.copy_(mine.float() * scales)
+            seen.index_copy_(0, slots, new.to(seen.dtype).unflatten(0, (-1, self.block_tokens)))
 
     def keep_sink(self, slots: Tensor, k: Tensor) -> None:
         self._put(self.sink_k, self.sink_scale, slots, k)
 
     def visible(self, slots: int) -> tuple[Tensor, Tensor]:
-        parts = ((self.k, self.k_scale), (self.v, self.v_scale))
-        k, v = ((codes[:slots].float() * scale[:slots]).to(self.dtype) for codes, scale in parts)
-        return k.flatten(0, 1), v.flatten(0, 1)
+        return self.seen_k[:slots].flatten(0, 1), self.seen_v[:slots].flatten(0, 1)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         k, v, sink_k = (codes.float() * scale for codes, scale in self._parts())
@@ -144,8 +151,10 @@ class QuantisedLayerKV(LayerKV):
 class QuantisedKVStore(KVStore):
     """Keys and values in 8 bits, with one scale for each token and head.
 
-    What attention sees is made of the codes anew in every pass, in `dtype`; nothing else of the cache is kept.
-    Attributes of `KVStore` are codes here, their scales beside them.
+    Attention sees what is remembered through the codes, made into `dtype` anew for each layer of each pass, and the
+    blocks at work as they are: where objects start is read off a first block's own noise, too finely for e4m3. (KIVI,
+    Liu et al. 2024, also leaves the newest tokens as they are.) Attributes of `KVStore` are codes here, their scales
+    beside them.
     """
 
     def __init__(
@@ -172,14 +181,16 @@ class QuantisedKVStore(KVStore):
         self.k_scale, self.v_scale, self.sink_scale = (
             torch.zeros((*codes.shape[:-1], 1), device=device) for codes in (self.k, self.v, self.sink_k)
         )
+        seen = torch.zeros((2, *self.k.shape[1:]), device=device, dtype=dtype)
+        self.seen = seen[0], seen[1]
         scales = zip(self.k_scale, self.v_scale, self.sink_scale, strict=True)
         self.layers = [
-            QuantisedLayerKV(part.k, part.v, part.sink_k, own, dtype)
+            QuantisedLayerKV(part.k, part.v, part.sink_k, own, self.seen)
             for part, own in zip(self.layers, scales, strict=True)
         ]
 
     def buffers(self) -> list[Tensor]:
-        return [*super().buffers(), self.k_scale, self.v_scale, self.sink_scale]
+        return [*super().buffers(), self.k_scale, self.v_scale, self.sink_scale, *self.seen]
 
     def touched_by(self, slot: int) -> list[Tensor]:
         scales = [self.k_scale[:, slot], self.v_scale[:, slot], self.k_scale[:, : self.sink_k.shape[1]]]
