@@ -48,7 +48,7 @@ class Command:
         return [sys.executable, "-m", "orchestrator.cli", *map(str, arguments)]
 
 
-def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 120) -> None:
     """Waits for a condition; fails when it does not hold in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

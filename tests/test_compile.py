@@ -69,7 +69,7 @@ def test_layers_that_differ_in_fp8_are_compiled_before_a_stream_begins(monkeypat
     assert_compiled_equals(stream, switches=(1, 4), linear=Fp8Linears(["blocks.0.ffn.2"]))
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_generated_code_equals_the_operations() -> None:
     """By the compiler's own C++, for the one shape of a window of one block."""
     assert_compiled_equals(StreamConfig(frames_per_block=1, window=1, sink=0, steps=(1000, 500)), switches=(4,))

@@ -13,7 +13,7 @@ from model_files import write_case
 from safetensors.torch import load_file
 from video_file import read_frames
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 STORY = ("a red circle", "a blue square", "a green star")
 SWITCHED = [path for path in cases("stream") if load(path).config["switch_frame_indices"]]
 

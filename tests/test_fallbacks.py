@@ -93,7 +93,7 @@ def test_native_operations_say_what_they_are_not_for(
     assert [found in line for line in lines] == [True]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_run_tells_each_fallback_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through all processes, on a machine without compilers; and it makes its frames."""
     monkeypatch.setenv("PATH", str(tmp_path))

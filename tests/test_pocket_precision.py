@@ -24,7 +24,7 @@ BAR_DB = 30.0
 KINDS = ("int8 keys and values", "fp8 keys and values", "fp8 linears")
 Decibels = dict[str, list[tuple[int, float, float]]]
 """By kind, of every block of every prompt: its number, all steps by it, the last step by it alone."""
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 def embeddings(config: RuntimeConfig) -> Iterator[Tensor]:

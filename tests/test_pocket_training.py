@@ -19,7 +19,7 @@ from pocket.transformer_stages import train_adapter, train_self_forcing, train_t
 from pocket.vae_stage import train_vae
 from pocket.videos import Bare
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 NARROW = (*TINY, "model.vae.base_dim=2", "model.transformer.num_layers=1")
 
 

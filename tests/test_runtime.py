@@ -21,7 +21,7 @@ from ipc.messages import Applied, OnAir, PresetChanged, Status, Superseded
 from orchestrator.async_client import AsyncClient
 from orchestrator.client import Client
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ class Live:
     def worker(self, status: Status, stage: str) -> int:
         return status.stages[stage].pid
 
-    def ends(self, timeout_s: float = 60) -> str:
+    def ends(self, timeout_s: float = 120) -> str:
         """Waits for the end; what it printed. Nothing of it is left."""
         output = self.process.communicate(timeout=timeout_s)[0]
         until(lambda: not alive(self.family), 5)
@@ -284,7 +284,7 @@ def test_a_target_out_of_reach_steps_down_and_a_restarted_denoiser_stays_there(s
     live = start("--pace", "free", *TINY_RUN, *target)
     client = live.client()
     assert client.status().preset == "quality"
-    event = next(event for event in client.events(timeout_s=60) if isinstance(event, PresetChanged))
+    event = next(event for event in client.events(timeout_s=120) if isinstance(event, PresetChanged))
     assert (event.old, event.new, event.unit, event.target) == ("quality", "balanced", "rtf", 10**6)
     assert event.block == 4 + 1 + 20, "of a full window, without the first"
     assert 0 < event.measured < event.target
