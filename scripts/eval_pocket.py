@@ -84,9 +84,9 @@ def main() -> int:
     judge_accuracy(scores, given.seed, 20 if given.quick else 100, say)
     console.print(table(scores, "The judge, on rendered videos"))
     maker = (Bare if given.bare else Runtime)(given.config, tuple(given.set))
-    fresh_streams(scores, maker.make, given.seed, captions, say)
-    switches(scores, maker.make, given.seed, changes, say)
-    drift(scores, maker.make, given.seed, drifts, say)
+    fresh_streams(scores, maker.make, given.seed, captions, say, at_once=maker.at_once)
+    switches(scores, maker.make, given.seed, changes, say, at_once=maker.at_once)
+    drift(scores, maker.make, given.seed, drifts, say, at_once=maker.at_once)
     vae_quality(scores, load_config(given.config, given.set), given.seed, 20 if given.quick else 80, say)
     console.print(table(scores, f"{given.config}, seed {given.seed}, {time.monotonic() - began:.0f} s"))
     if given.report:

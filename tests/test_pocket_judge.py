@@ -1,5 +1,7 @@
 """The judge sees what was rendered, and says so of what is wrong."""
 
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +10,17 @@ import torch
 
 from pocket.captions import COLOURS, GROUNDS, MOTIONS, SHAPES, TEXTURES, Scene, draw_scene
 from pocket.clips import Story, draw_frames, frames_of
-from pocket.evaluation import Scores, by_block, changes_at_edges, first_shown, judge_accuracy, keeps, moves, sharpness
+from pocket.evaluation import (
+    Scores,
+    by_block,
+    changes_at_edges,
+    first_shown,
+    judge_accuracy,
+    keeps,
+    made,
+    moves,
+    sharpness,
+)
 from pocket.judge import ground, look
 from pocket.world import Start
 
@@ -90,3 +102,21 @@ def test_a_wrong_video_scores_low() -> None:
             scores.add("colour", block.colour == scene.colour)
             scores.add("count", block.count == scene.count)
     assert scores.mean("colour") == scores.mean("count") == 0
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 9])
+def test_videos_come_in_order_however_many_are_made_at_once(at_once: int) -> None:
+    lock, under_way, most_at_once = threading.Lock(), set[int](), 0
+
+    def make(prompts: Sequence[str], blocks: int, seed: int, at: Sequence[int]) -> np.ndarray:
+        nonlocal most_at_once
+        with lock:
+            under_way.add(seed)
+            most_at_once = max(most_at_once, len(under_way))
+        with lock:
+            under_way.remove(seed)
+        return np.full((1, 1, 1, 3), seed, np.uint8)
+
+    videos = list(made(make, [([], 1, seed, ()) for seed in range(7)], at_once))
+    assert [int(video.flat[0]) for video in videos] == list(range(7))
+    assert most_at_once <= at_once

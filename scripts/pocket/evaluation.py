@@ -3,7 +3,9 @@
 Each figure is a list of outcomes under a name; a block's outcome is what most of its frames show. Knows no bar.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -138,17 +140,41 @@ def judge_accuracy(scores: Scores, seed: int, clips: int, say: Progress) -> None
 
 Make = Callable[[Sequence[str], int, int, Sequence[int]], np.ndarray]
 """Prompts, blocks, seed and the blocks at which further prompts take effect, to frames [F, H, W, 3]."""
+Wanted = tuple[Sequence[str], int, int, Sequence[int]]
+"""The arguments of a `Make`."""
+
+
+def made(make: Make, wanted: Sequence[Wanted], at_once: int) -> Iterator[np.ndarray]:
+    """The videos in order; of several at once, each in a thread, some are made while the one before is looked at."""
+    if at_once == 1:
+        yield from (make(*video) for video in wanted)
+        return
+    with ThreadPoolExecutor(at_once) as pool:
+        begun = deque(pool.submit(make, *video) for video in wanted[:at_once])
+        for video in wanted[at_once:]:
+            done = begun.popleft().result()
+            begun.append(pool.submit(make, *video))
+            yield done
+        while begun:
+            yield begun.popleft().result()
 
 
 def fresh_streams(
-    scores: Scores, make: Make, seed: int, streams: int, say: Progress, blocks: int = TEN_SECONDS
+    scores: Scores,
+    make: Make,
+    seed: int,
+    streams: int,
+    say: Progress,
+    blocks: int = TEN_SECONDS,
+    at_once: int = 1,
 ) -> None:
-    """Streams of one caption whose scene was held out of training."""
-    rng = np.random.default_rng((seed, 2))
+    """Streams of one caption whose scene was held out of training; `at_once` of them are made at a time."""
+    rng, scenes, wanted = np.random.default_rng((seed, 2)), [], []
     for number in range(streams):
-        scene = draw_scene(rng, held_out=True)
-        caption = phrase(scene, rng)
-        seen = by_block(make([caption], blocks, seed * 1000 + number, ()))
+        scenes.append(draw_scene(rng, held_out=True))
+        wanted.append(([phrase(scenes[-1], rng)], blocks, seed * 1000 + number, ()))
+    for number, (scene, video) in enumerate(zip(scenes, made(make, wanted, at_once), strict=True)):
+        (caption,), seen = wanted[number][0], by_block(video)
         score_stream(scores, scene, seen[1:])
         say(f"stream {number + 1}/{streams}: {caption}: {_short(seen[1:])}, {moves(seen[1:])}")
 
@@ -159,16 +185,25 @@ def _short(blocks: Sequence[Block]) -> str:
 
 
 def switches(
-    scores: Scores, make: Make, seed: int, count: int, say: Progress, places: Sequence[int] = SWITCHED_AT
+    scores: Scores,
+    make: Make,
+    seed: int,
+    count: int,
+    say: Progress,
+    places: Sequence[int] = SWITCHED_AT,
+    at_once: int = 1,
 ) -> None:
     """Streams with one prompt switch that changes one thing: is it on screen soon, and does the rest stay.
 
-    All kinds of change at the first of `places` come before those at the next.
+    All kinds of change at the first of `places` come before those at the next; `at_once` are made at a time.
     """
-    rng = np.random.default_rng((seed, 3))
-    for number, (what, at, before, after) in enumerate(_switched_scenes(rng, count, places)):
-        prompts = [phrase(before, rng), phrase(after, rng)]
-        seen = by_block(make(prompts, at + AFTER_SWITCH, seed * 1000 + 500 + number, (at,)))
+    rng, changes, wanted = np.random.default_rng((seed, 3)), [], []
+    for number, change in enumerate(_switched_scenes(rng, count, places)):
+        _, at, before, after = change
+        changes.append(change)
+        wanted.append(([phrase(before, rng), phrase(after, rng)], at + AFTER_SWITCH, seed * 1000 + 500 + number, (at,)))
+    for number, (change, video) in enumerate(zip(changes, made(make, wanted, at_once), strict=True)):
+        (what, at, before, after), prompts, seen = change, wanted[number][0], by_block(video)
         soon = first_shown(what, after, seen, at)
         scores.add("switched within 2 blocks", _in_time(soon))
         scores.add(f"switched {what}", _in_time(soon))
@@ -229,13 +264,16 @@ def keeps(what: str, before: Scene, after: Scene, seen: Sequence[Block], at: int
     return out
 
 
-def drift(scores: Scores, make: Make, seed: int, streams: int, say: Progress, blocks: int = LONG) -> None:
-    """Long streams: the first 10 s, their first block left out, against the last."""
-    rng = np.random.default_rng((seed, 4))
+def drift(
+    scores: Scores, make: Make, seed: int, streams: int, say: Progress, blocks: int = LONG, at_once: int = 1
+) -> None:
+    """Long streams, `at_once` made at a time: the first 10 s, their first block left out, against the last."""
+    rng, scenes, wanted = np.random.default_rng((seed, 4)), [], []
     for number in range(streams):
-        scene = draw_scene(rng)
-        caption = phrase(scene, rng)
-        video = make([caption], blocks, seed * 1000 + 900 + number, ())
+        scenes.append(draw_scene(rng))
+        wanted.append(([phrase(scenes[-1], rng)], blocks, seed * 1000 + 900 + number, ()))
+    for number, (scene, video) in enumerate(zip(scenes, made(make, wanted, at_once), strict=True)):
+        (caption,) = wanted[number][0]
         parts = {"first 10 s, ": video[FIRST : FIRST + 10 * FPS], "last 10 s, ": video[-LATER * (TEN_SECONDS - 1) :]}
         sharp = {}
         for prefix, frames in parts.items():

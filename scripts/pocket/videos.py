@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import imageio_ffmpeg
 import numpy as np
@@ -38,6 +39,8 @@ class Runtime:
         settings: KEY=VALUE, as for `orchestrator --set`.
     """
 
+    at_once: ClassVar[int] = 2
+    """Videos worth making at a time on two cores: one begins while the other is decoded."""
     config: str = "pocket"
     settings: tuple[str, ...] = ()
 
@@ -67,6 +70,9 @@ class Runtime:
 
 class Bare:
     """Makes videos by the runtime's model alone, one stage after the other. Arguments as of `Runtime`."""
+
+    at_once: ClassVar[int] = 1
+    """Each is made in the same memory."""
 
     def __init__(self, config: str = "pocket", settings: Sequence[str] = ()) -> None:
         self.config = load_config(config, settings)
