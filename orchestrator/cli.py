@@ -24,6 +24,7 @@ from ipc.errors import InputError, LongLiveError, Refused, UserError
 from ipc.messages import Applied, Superseded
 from orchestrator.bench.cli import app as bench_app
 from orchestrator.client import Client, PromptHandle
+from orchestrator.options import ConfigOption, PresetOption, SetOption, help_without_command, settings_of
 from orchestrator.plan import RunPlan, RunSummary
 from orchestrator.prepare import (
     RunOptions,
@@ -51,15 +52,6 @@ app.add_typer(config_app, name="config")
 app.command()(quality)
 app.add_typer(bench_app, name="bench")
 
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped name, or the path of a YAML file.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set stream.window=12. Repeatable."),
-]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(help=f"Changes that belong together: {', '.join(preset_names())}. --set comes on top."),
-]
 TargetRtfOption = Annotated[
     float | None,
     typer.Option(help="Change presets to stay that much faster than real time: 1.2. Same as adaptive.target_rtf."),
@@ -89,13 +81,13 @@ def root(
     if show_version:
         version()
         raise typer.Exit
-    _help_without_command(context)
+    help_without_command(context)
 
 
 @config_app.callback(invoke_without_command=True)
 def config_root(context: typer.Context) -> None:
     """Look at configurations."""
-    _help_without_command(context)
+    help_without_command(context)
 
 
 @app.command()
@@ -263,10 +255,9 @@ def presets() -> None:
 
 def _settings(
     preset: str | None, target_rtf: float | None, target_p99_ms: float | None, overrides: Sequence[str] | None
-) -> list[str]:
-    """Changes to the configuration; --set comes on top of what has an option of its own."""
+) -> tuple[str, ...]:
     own = {"preset": preset, "adaptive.target_rtf": target_rtf, "adaptive.target_p99_ms": target_p99_ms}
-    return [*(f"{key}={value}" for key, value in own.items() if value is not None), *(overrides or ())]
+    return settings_of(overrides, own)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -299,12 +290,6 @@ def _usage_text(error: typer.TyperException) -> str:
         return text
     found = error.__cause__.errors()[0]["input"]
     return f"{text.replace('Input should', 'should').replace('Value error, ', '').rstrip('.')}; found {found!r:.60}"
-
-
-def _help_without_command(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit
 
 
 def _run(config: RuntimeConfig, plan: RunPlan, directory: RunDirectory) -> RunSummary:

@@ -45,6 +45,7 @@ from ipc.messages import (
     VersionPlayed,
     WorkerRestarted,
 )
+from ipc.processes import own_resident_bytes
 from orchestrator.gateway import ClientDesk
 from orchestrator.plan import Reporter, RunPlan, RunSummary
 from orchestrator.prompting import Prompting
@@ -54,7 +55,6 @@ from orchestrator.run_directory import CONTROL, EVENTS_SOCKET, RunDirectory
 from orchestrator.signals import SignalWatch
 from orchestrator.supervisor import Supervisor, Worker
 from orchestrator.telemetry import Telemetry
-from workers.process import resident_bytes
 from workers.spec import RunLimits
 
 POLL_MS = 100
@@ -156,7 +156,7 @@ class Daemon:
         return self._telemetry.status(
             now_ns=self._clock(),
             pid=os.getpid(),
-            own_memory=resident_bytes(),
+            own_memory=own_resident_bytes(),
             state=self._phase.value,
             prompt=in_force.text if in_force else self._plan.prompts[0].text,
             version=in_force.version if in_force else 0,
@@ -287,7 +287,7 @@ class Daemon:
     def _go(self) -> None:
         self._up_ns = self._clock()
         self._enter(Phase.RUNNING, "generating")
-        self._reporter.up(self._telemetry.up_line(resident_bytes()))
+        self._reporter.up(self._telemetry.up_line(own_resident_bytes()))
         if self._telemetry.abstract_picture:
             self._reporter.note(
                 "weights are random: the picture is abstract, a prompt changes it but does not describe it"

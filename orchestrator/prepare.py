@@ -14,6 +14,7 @@ from configs.load import check_model_files, load_config
 from configs.schema import RuntimeConfig
 from configs.targets import check_target, parse_target
 from ipc.errors import InputError
+from orchestrator.options import expanded
 from orchestrator.plan import RunPlan, ScheduledPrompt
 from orchestrator.prompt_file import checked_prompt, read_prompts, schedule
 
@@ -108,7 +109,7 @@ def file_plan(
 
 def prompts_of(path: Path, line: int | None) -> tuple[str, ...]:
     """The prompts of a file; `~` is the home folder. Raises InputError."""
-    return read_prompts(_expanded(path, "--prompts"), line)
+    return read_prompts(expanded(path, "--prompts"), line)
 
 
 def parse_switch_frames(text: str | None) -> tuple[int, ...] | None:
@@ -161,7 +162,7 @@ def _blocks(config: RuntimeConfig, length: Length) -> int:
 def _executable(path: Path | None) -> Path | None:
     if path is None:
         return None
-    found = shutil.which(_expanded(path, "ffmpeg"))
+    found = shutil.which(expanded(path, "ffmpeg"))
     if found is None:
         raise InputError(f"ffmpeg {path}: found no executable file there, expected the ffmpeg program")
     return Path(found).absolute()
@@ -171,16 +172,9 @@ def _writable(path: Path | None, option: str) -> Path | None:
     """The absolute path of a file that can be written. Raises InputError."""
     if path is None:
         return None
-    path = _expanded(path, option)
+    path = expanded(path, option)
     if path.is_dir():
         raise InputError(f"{option} {path}: found a folder, expected a file")
     if not path.parent.is_dir():
         raise InputError(f"{option} {path}: its folder does not exist")
     return path.absolute()
-
-
-def _expanded(path: Path, option: str) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{option} {path}: no such home folder; write the path in full") from error

@@ -3,7 +3,6 @@
 From what a person typed to a checked job; another process compares, for which this one needs no torch. Knows no figure.
 """
 
-import os
 import shlex
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import typer
 from configs.load import check_model_files, load_config, preset_names
 from configs.schema import RuntimeConfig
 from ipc.errors import ConfigError, InputError, LongLiveError
+from orchestrator.checkout import SCRIPTS, with_sources
+from orchestrator.options import expanded, settings_of, writable_folder
 from orchestrator.prepare import checked_length
 from orchestrator.prompt_file import read_stories, schedule
 from workers.quality.job import Gate, Job, Judged, Option, Scene, Story
@@ -28,7 +29,6 @@ STORIES = (
     ("a white ring moving down on a dark red background", "a white ring moving down on a dark blue background"),
 )
 """What is compared where nobody names a file: what the embedded model can show, three of four with a switch."""
-ROOT = Path(__file__).parent.parent
 
 Settings = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change one key of A alone, or of every B. Repeatable.")
@@ -85,18 +85,18 @@ def quality(
     orchestrator quality pocket execution.kv=int8 preset=speed "execution.linears=fp8 stream.recache=recent(6)"
     """
     reference = _side(a, None)
-    of_a = (*reference.settings, *_settings(preset_a, set_a))
-    first = _option(Side(reference.config, of_a), both or (), _name(a, _settings(preset_a, set_a)))
+    of_a = (*reference.settings, *settings_of(set_a, {"preset": preset_a}))
+    first = _option(Side(reference.config, of_a), both or (), _name(a, settings_of(set_a, {"preset": preset_a})))
     options = []
     for text in b:
         side = _side(text, Side(reference.config, of_a))
-        own = _settings(preset_b, set_b)
+        own = settings_of(set_b, {"preset": preset_b})
         options.append(_option(Side(side.config, (*side.settings, *own)), both or (), _name(text, own)))
     for option in options:
         _check_alike(first, option)
     for option in (first, *options):
         checked_length(option.config, None, blocks)
-    texts = STORIES if prompts is None else read_stories(_expanded(prompts, "--prompts"))
+    texts = STORIES if prompts is None else read_stories(expanded(prompts, "--prompts"))
     judges: Judged = "teacher_forced" if gate == "teacher-forced" else "free_running"
     job = Job(
         a=first,
@@ -104,7 +104,7 @@ def quality(
         stories=_stories(texts, first.config, first.config.seed if seed is None else seed, blocks),
         blocks=blocks,
         gate=Gate(least_db=least_db, judges=judges),
-        out=_folder(out),
+        out=writable_folder(out, "--out"),
     )
     code = compare(job)
     if code:
@@ -124,8 +124,7 @@ def compare(job: Job) -> int:
 
     The embedded model's judge is found beside the sources, if they are there. Nothing may be downloaded.
     """
-    places = [str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "HF_HUB_OFFLINE": "1"}
+    environment = {**with_sources([SCRIPTS]), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-P", "-m", "workers.quality.run"]
     code = subprocess.run(command, input=job.model_dump_json(), env=environment, text=True, check=False).returncode
     if code < 0:
@@ -149,10 +148,6 @@ def _side(text: str, a: Side | None) -> Side:
     if a is None:
         raise InputError(f"A: found {text!r}, expected a shipped name such as pocket, or a YAML file, before changes")
     return Side(a.config, (*a.settings, *words))
-
-
-def _settings(preset: str | None, overrides: Sequence[str] | None) -> tuple[str, ...]:
-    return (*(() if preset is None else (f"preset={preset}",)), *(overrides or ()))
 
 
 def _name(text: str, settings: Sequence[str]) -> str:
@@ -186,20 +181,3 @@ def _stories(texts: Sequence[Sequence[str]], config: RuntimeConfig, seed: int, b
         scenes = [Scene(text=prompt.text, block=prompt.at) for prompt in scheduled if prompt.at is not None]
         stories.append(Story(seed=seed + number, prompts=tuple(scenes)))
     return tuple(stories)
-
-
-def _folder(path: Path) -> Path:
-    """The folder, made if it is not there. Raises InputError."""
-    path = _expanded(path, "--out").absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path}: no folder can be made there: {error.strerror}") from error
-    return path
-
-
-def _expanded(path: Path, option: str) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{option} {path}: no such home folder; write the path in full") from error

@@ -1,7 +1,8 @@
 """A program that stands for `orchestrator start`: it tells of blocks whose times are made up, over the real sockets.
 
 Every block takes the stages the milliseconds of `TIMES`, or of the JSON in SCRIPTED_MS, to the nanosecond. It begins
-when somebody asks for its status, which who listens does first.
+when somebody asks for its status, which who listens does first. SCRIPTED_FAULT takes one thing away from it: `silent`
+tells of three blocks and no more, `endless` does not stop when it is asked to, `deaf` puts no prompt in force.
 """
 
 import argparse
@@ -38,8 +39,6 @@ from orchestrator.run_directory import RunDirectory, locate
 TIMES = {"denoiser": 40, "vae_decoder": 30, "output": 11}
 SUBSCRIBED_S = 0.05
 """Within which a subscription of somebody who is connected has arrived."""
-BLOCK_S = 0.02
-"""Between blocks of a run without an end."""
 MS = 1_000_000
 
 
@@ -52,12 +51,15 @@ class Script:
         self._config, self._blocks = config, blocks
         self._ms = TIMES | json.loads(os.environ.get("SCRIPTED_MS", "{}"))
         self._told: dict[str, int] = {}
+        self._fault = os.environ.get("SCRIPTED_FAULT", "")
 
     def answer(self, command: Message) -> Iterator[Message]:
         match command:
             case StatusGet():
                 self.begun.set()
                 yield self._status()
+            case Stop() if self._fault == "endless":
+                yield Accepted()
             case Stop():
                 self.ended.set()
                 yield from (Accepted(), Stopped(frames=1))
@@ -65,15 +67,17 @@ class Script:
                 yield from self._switched(command.text)
 
     def blocks(self) -> Iterator[Message]:
-        """Events, block by block; in a run without an end at the pace of this machine's clock."""
+        """Events, block by block; in a run without an end when the clock is at the end of each."""
         yield StateChanged(state="running", text="generating")
         start = time.monotonic_ns()
         for block in count() if self._blocks is None else range(self._blocks):
             self.block = block
-            if self._blocks is None:
-                start = time.monotonic_ns() - block * self._period_ns
-                if self.ended.wait(BLOCK_S):
-                    return
+            if self._fault == "silent" and block == 3:
+                self.ended.wait()
+                return
+            ahead_ns = start + block * self._period_ns + sum(self._ms.values()) * MS - time.monotonic_ns()
+            if self._blocks is None and self.ended.wait(max(0.0, ahead_ns / 1e9)):
+                return
             yield from self._block(block, start + block * self._period_ns)
 
     @property
@@ -98,6 +102,8 @@ class Script:
         self._told[text] = version
         at = {"version": version, "block": block, "frame": self._config.stream.first_frame(block)}
         yield Accepted(version=version)
+        if self._fault == "deaf":
+            return
         yield PromptEncoded(version=version, tokens=4, cached=known, ms=1.0, sent_ns=now)
         yield PromptInForce(**at, began_ns=now, ended_ns=now + MS)
         yield OnAir(**at, ms=100.0)

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import zmq
 
@@ -19,6 +18,7 @@ from configs.schema import RuntimeConfig, StageName
 from ipc.channel import Inbox, Outbox, endpoint
 from ipc.errors import LongLiveError, UserError
 from ipc.messages import TO_STAGE, Heartbeat, Loading, Ready, StageFailed
+from ipc.processes import own_resident_bytes
 from workers.assembly import Assembly
 from workers.spec import WorkerSpec
 from workers.stage import Progress, Stage, run_stage
@@ -161,17 +161,11 @@ class Worker:
                         stage=running.name,
                         progress=running.progress.count,
                         busy=running.progress.busy,
-                        memory_bytes=resident_bytes(),
+                        memory_bytes=own_resident_bytes(),
                         device_memory_bytes=_device_bytes() if running.loaded else 0,
                     )
                 )
         daemon.close()
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is resident, shared pages included (proc(5), statm)."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _device_bytes() -> int:

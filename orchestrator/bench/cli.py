@@ -4,7 +4,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ipc.errors import InputError
+from orchestrator.options import ConfigOption, PresetOption, SetOption, help_without_command, settings_of
 
 if TYPE_CHECKING:
     from orchestrator.bench.suite import Bench, Parts
 
-app = typer.Typer(
-    help="Measure the runtime as it is shipped.", rich_markup_mode="rich", no_args_is_help=True, add_completion=False
-)
-ConfigOption = Annotated[str, typer.Option("--config", "-c", help="A shipped name, or the path of a YAML file.")]
-PresetOption = Annotated[str | None, typer.Option(help="Changes that belong together; --set comes on top.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key. Repeatable.")]
+app = typer.Typer(help="Measure the runtime as it is shipped.", rich_markup_mode="rich", add_completion=False)
 QuickOption = Annotated[bool, typer.Option("--quick", help="Fewer blocks and rounds: minutes instead of hours.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for report.json, report.html and report.md.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of the bootstrap and of pauses between prompts.")]
@@ -31,10 +27,16 @@ ProfileOption = Annotated[
 ]
 PaceOption = Annotated[Literal["free", "live"], typer.Option(help="As fast as frames come, or at the video's rate.")]
 BlocksOption = Annotated[int | None, typer.Option(min=2, help="Blocks measured, of each round where there are some.")]
-RoundsOption = Annotated[int | None, typer.Option(min=1, help="Rounds: A, B, A, B, ...")]
+RoundsOption = Annotated[int | None, typer.Option(min=1, help="Rounds: A, B, then B, A, ...")]
 OUT = Path("out/bench")
 AXES = ("streams", "device", "placement", "window", "resolution", "steps")
 ABLATIONS = ("off", "on", "geometry")
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Measure the runtime as it is shipped."""
+    help_without_command(context)
 
 
 @app.command()
@@ -52,7 +54,7 @@ def steady(
 ) -> None:
     """Latency of frames and blocks once the window is full: percentiles, jitter, late blocks, memory by worker."""
     bench = _bench("steady", config, preset, overrides, quick, out, seed, blocks=blocks, warmup=warmup)
-    _run(bench, lambda: bench.steady(pace, profile))
+    _run(bench, bench.steady(pace, profile))
 
 
 @app.command()
@@ -68,7 +70,7 @@ def switch(
 ) -> None:
     """From a prompt to its first frame, whole and in parts: hot and cold cache, every recache policy and cut."""
     bench = _bench("switch", config, preset, overrides, quick, out, seed, switches=switches)
-    _run(bench, lambda: bench.switch(pace))
+    _run(bench, bench.switch(pace))
 
 
 @app.command()
@@ -82,7 +84,7 @@ def throughput(
 ) -> None:
     """Frames a second over a minute, with load and clocks of processors and GPUs beside them."""
     bench = _bench("throughput", config, preset, overrides, quick, out, 0, seconds=seconds)
-    _run(bench, bench.throughput)
+    _run(bench, bench.throughput())
 
 
 @app.command()
@@ -96,7 +98,7 @@ def startup(
 ) -> None:
     """From the command to the first frame, cold and warm."""
     bench = _bench("startup", config, preset, overrides, quick, out, 0, starts=rounds)
-    _run(bench, bench.startup)
+    _run(bench, bench.startup())
 
 
 @app.command()
@@ -112,7 +114,7 @@ def scaling(
     """Streams side by side, devices, placements, windows, resolutions, steps."""
     bench = _bench("scaling", config, preset, overrides, quick, out, 0, scaling_blocks=blocks)
     chosen = _chosen("axis", axes, AXES)
-    _run(bench, lambda: bench.scaling(chosen))
+    _run(bench, bench.scaling(chosen))
 
 
 @app.command()
@@ -133,7 +135,7 @@ def compare(
     orchestrator bench compare reference balanced "balanced stream.window=6"
     """
     bench = _bench("compare", config, None, overrides, quick, out, seed, rounds=rounds, round_blocks=blocks)
-    _run(bench, lambda: bench.compare(sides))
+    _run(bench, bench.compare(sides))
 
 
 @app.command()
@@ -151,7 +153,7 @@ def ablate(
     """One optimisation off at a time from a preset, on at a time from `reference`; windows and precisions."""
     bench = _bench("ablate", config, preset, overrides, quick, out, seed, ablation_rounds=rounds, round_blocks=blocks)
     chosen = _chosen("ablation", kinds, ABLATIONS)
-    _run(bench, lambda: bench.ablate(chosen))
+    _run(bench, bench.ablate(chosen))
 
 
 @app.command()
@@ -166,8 +168,9 @@ def reference(
     blocks: BlocksOption = None,
 ) -> None:
     """The same work by the straightforward pipeline and by the runtime, in turn: how many times as fast it is."""
-    bench = _bench("reference", config, preset, overrides, quick, out, seed, rounds=rounds, round_blocks=blocks)
-    _run(bench, bench.reference)
+    sizes = {"rounds": rounds, "round_blocks": blocks, "straightforward_blocks": blocks}
+    bench = _bench("reference", config, preset, overrides, quick, out, seed, **sizes)
+    _run(bench, bench.reference())
 
 
 @app.command()
@@ -181,7 +184,7 @@ def roofline(
 ) -> None:
     """Operations and bytes of a block, the device's ceilings, and how near each stage is to its limit."""
     bench = _bench("roofline", config, preset, overrides, quick, out, 0, repeats=repeats)
-    _run(bench, bench.roofline)
+    _run(bench, bench.roofline())
 
 
 @app.command("all")
@@ -197,8 +200,8 @@ def everything(
 ) -> None:
     """All of the above in one report."""
     bench = _bench("all", config, preset, overrides, quick, out, seed)
-    kinds = ABLATIONS[:2] if quick else ABLATIONS
-    _run(bench, lambda: bench.all(sides or ("reference", "balanced"), AXES, kinds, profile))
+    kinds = ABLATIONS[:1] if quick else ABLATIONS
+    _run(bench, bench.all(sides or ("reference", "balanced"), AXES, kinds, profile))
 
 
 @app.command()
@@ -213,7 +216,8 @@ def overlap(
     from orchestrator.bench.overlap import measure_overlap, overlap_result, print_overlap
 
     subject = _bench("overlap", config, preset, overrides, False, OUT, 0).subject
-    serial, pipelined = measure_overlap(subject, blocks, rounds, _say)
+    with _ended_in_order():
+        serial, pipelined = measure_overlap(subject, blocks, rounds, _say)
     result = overlap_result(serial, pipelined)
     print_overlap(result, pipelined[-1])
     typer.echo(json.dumps({"bench": "overlap", "config": config, "blocks": blocks, "rounds": rounds, **result}))
@@ -233,8 +237,7 @@ def _bench(
     from orchestrator.bench.runs import Subject
     from orchestrator.bench.suite import FULL, QUICK, Bench
 
-    settings = (*([] if preset is None else [f"preset={preset}"]), *(overrides or ()))
-    subject = Subject(config, settings)
+    subject = Subject(config, settings_of(overrides, {"preset": preset}))
     subject.load()
     given = {name: value for name, value in sizes.items() if value is not None}
     words = sys.argv[1:]
@@ -250,7 +253,7 @@ def _chosen(what: str, given: Sequence[str] | None, known: Sequence[str]) -> Seq
     return given or known
 
 
-def _run(bench: "Bench", measure: "Callable[[], Parts]") -> None:
+def _run(bench: "Bench", measured: "Iterable[Parts]") -> None:
     from rich.console import Console
 
     from orchestrator.bench.suite import summary
@@ -259,7 +262,7 @@ def _run(bench: "Bench", measure: "Callable[[], Parts]") -> None:
     if not console.is_terminal:
         console.width = 140
     with _ended_in_order():
-        report = bench.run(measure, console)
+        report = bench.run(measured, console)
     typer.echo(f"wrote {bench.out / 'report.json'}, report.html, report.md")
     typer.echo(summary(report, bench.out))
 

@@ -1,6 +1,7 @@
 """Sides interleaved in one run, round by round, and their ratios with intervals; ablations are such comparisons."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,22 +11,51 @@ from ipc.errors import ConfigError, InputError
 from orchestrator.bench.report import Comparison, Side
 from orchestrator.bench.runs import Subject, record
 from orchestrator.bench.statistics import distribution, ratio
-from orchestrator.bench.steady import block_intervals, block_rows, known, stage_times
+from orchestrator.bench.steady import SETTLE, block_intervals, block_rows, known, stage_times
 
 Times = Mapping[str, Sequence[float]]
 """Milliseconds of each block of one round, by what was timed: `block`, or a stage."""
+Key = tuple[str, int]
+"""What is measured, and which of several that are equal."""
 METRICS = ("block", "denoiser", "vae_decoder")
-SETTLE = 4
-"""Blocks beyond a full window that are not measured."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One side: its name, what tells it apart, and a round of it."""
+    """One side: its name, what tells it apart, and a round of it.
+
+    Attributes:
+        identity: the same for sides that compute the same.
+    """
 
     name: str
     settings: tuple[str, ...]
+    identity: str
     measure: Callable[[], Times]
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Sides that are compared with the first of them. Raises InputError: fewer than two, or two of one name."""
+
+    title: str
+    sides: Sequence[Contender]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        names = [side.name for side in self.sides]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise InputError(f"found sides {', '.join(names) or 'none'}, expected two or more with names of their own")
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of each side the key of its times. What is equal in one contest is measured as often as it is there."""
+        seen: Counter[str] = Counter()
+        keys = []
+        for side in self.sides:
+            keys.append((side.identity, seen[side.identity]))
+            seen[side.identity] += 1
+        return keys
 
 
 def contender(name: str, subject: Subject, blocks: int) -> Contender:
@@ -37,7 +67,15 @@ def contender(name: str, subject: Subject, blocks: int) -> Contender:
         rows = [row for row in block_rows(record(free, warmup + blocks)) if row.block >= warmup]
         return {"block": block_intervals(rows), **{stage: stage_times(rows, stage) for stage in METRICS[1:]}}
 
-    return Contender(name, subject.overrides, measure)
+    return Contender(name, subject.overrides, identity(free), measure)
+
+
+def identity(subject: Subject) -> str:
+    """The same for configurations that compute the same: the preset's name matters only where presets change."""
+    config = subject.load()
+    if not config.adaptive.is_on:
+        config = config.model_copy(update={"preset": None})
+    return config.model_dump_json()
 
 
 def named_subject(text: str, base: Subject) -> Subject:
@@ -58,42 +96,40 @@ def named_subject(text: str, base: Subject) -> Subject:
     return Subject(words[0], base.overrides, base.environment, base.program).with_settings(*words[1:])
 
 
-def compare(
-    title: str, contenders: Sequence[Contender], rounds: int, seed: int, say: Callable[[str], None]
-) -> Comparison:
-    """A, B, ..., A, B, ...: one round of each after the other, so that a slow moment strikes all.
+def compare(contests: Sequence[Contest], seed: int, say: Callable[[str], None]) -> Iterator[tuple[Comparison, ...]]:
+    """A, B, then B, A, and so on: after each round what all rounds so far say.
 
-    Raises:
-        InputError: fewer than two sides, or two of one name.
+    Sides take turns, so that a slow moment strikes all, and every second round is in the reverse order, so that a
+    machine that grows slower all the while favours none. What several contests compare is measured once a round.
     """
-    names = [side.name for side in contenders]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise InputError(f"found sides {', '.join(names) or 'none'}, expected two or more with names of their own")
-    times: dict[str, list[Times]] = {name: [] for name in names}
+    times: dict[Key, list[Times]] = {}
+    rounds = max(contest.rounds for contest in contests)
     for number in range(rounds):
-        for side in contenders:
-            say(f"round {number + 1} of {rounds}: {side.name}")
-            times[side.name].append(side.measure())
-    return comparison_of(title, contenders, times, seed)
+        due: dict[Key, Contender] = {}
+        for contest in contests:
+            if number < contest.rounds:
+                due |= {key: side for key, side in zip(contest.keys, contest.sides, strict=True) if key not in due}
+        for key in due if number % 2 == 0 else reversed(due):
+            say(f"round {number + 1} of {rounds}: {due[key].name}")
+            times.setdefault(key, []).append(due[key].measure())
+        yield tuple(comparison_of(contest, times, seed) for contest in contests)
 
 
-def comparison_of(
-    title: str, contenders: Sequence[Contender], times: Mapping[str, Sequence[Times]], seed: int
-) -> Comparison:
-    """What the rounds say. Pure."""
-    first = contenders[0].name
+def comparison_of(contest: Contest, times: Mapping[Key, Sequence[Times]], seed: int) -> Comparison:
+    """What the rounds of a contest say, of those that there are. Pure."""
+    rounds = [times[key][: contest.rounds] for key in contest.keys]
     ratios = {
         metric: {
-            side.name: ratio([t[metric] for t in times[first]], [t[metric] for t in times[side.name]], seed)
-            for side in contenders[1:]
+            side.name: ratio([t[metric] for t in rounds[0]], [t[metric] for t in own], seed)
+            for side, own in zip(contest.sides[1:], rounds[1:], strict=True)
         }
         for metric in METRICS
     }
     return Comparison(
-        title=title,
-        rounds=len(times[first]),
-        blocks=min(len(t["block"]) for t in times[first]),
-        sides=tuple(_side(side, times[side.name]) for side in contenders),
+        title=contest.title,
+        rounds=len(rounds[0]),
+        blocks=min(len(t["block"]) for own in rounds for t in own),
+        sides=tuple(_side(side, own) for side, own in zip(contest.sides, rounds, strict=True)),
         ratios=ratios,
     )
 

@@ -9,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from orchestrator.bench.report import Environment, Machine, Software
+from orchestrator.checkout import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-"""The checkout this file lies in; an installed package has none."""
 PACKAGES = ("longlive-runtime", "torch", "triton", "flash-attn", "transformers", "pyzmq", "pydantic", "numpy")
 GPU_FACTS = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 GPU_LOAD = ("utilization.gpu", "clocks.sm", "clocks.mem", "memory.used", "power.draw", "temperature.gpu")
@@ -34,11 +33,16 @@ def environment() -> Environment:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return Environment(machine=machine, software=Software(commit=commit(REPOSITORY), versions=versions))
+    return Environment(machine=machine, software=Software(commit=commit(ROOT), versions=versions))
 
 
 def commit(folder: Path) -> str | None:
-    """The checkout's commit, `+` behind it where tracked files were changed; None where there is no git or checkout."""
+    """The checkout's commit, `+` behind it where tracked files were changed; None where there is no git or checkout.
+
+    An installed package may lie inside a checkout of something else, whose commit says nothing of it.
+    """
+    if not (folder / ".git").exists():
+        return None
     number = _answer(["git", "-C", str(folder), "rev-parse", "HEAD"])
     if not number:
         return None

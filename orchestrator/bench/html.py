@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
 
+import yaml
+
 from orchestrator.bench import plots
 from orchestrator.bench.report import BlockRow, Comparison, Report, Roofline, Steady, SwitchCase, Throughput
 from orchestrator.bench.steady import STAGES, block_intervals, span_ms, stage_times
@@ -26,12 +28,13 @@ svg { width: 100%; height: auto; margin: .8em 0 } .title { font-weight: 600; fon
 
 def as_html(report: Report) -> str:
     """The whole page."""
+    config = yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True)
     body = [
         f"<h1>{escape(report.command)}</h1><p>{escape(headline(report))}</p><p>{escape(machine_line(report))}</p>",
         *(f"<p>{escape(note)}</p>" for note in report.notes),
         *charts(report),
         *(_table(grid) for grid in grids(report)),
-        f"<details><summary>Configuration</summary><pre>{escape(_tree(report.config))}</pre></details>",
+        f"<details><summary>Configuration</summary><pre>{escape(config)}</pre></details>",
     ]
     title = escape(f"LongLive benchmark, {report.made_at}")
     return (
@@ -110,10 +113,8 @@ def _throughput(throughput: Throughput) -> Iterator[str]:
         for worker in throughput.load[0].worker_cores:
             busy[worker] = [(load.at_s, load.worker_cores.get(worker, 0.0)) for load in throughput.load]
         yield plots.lines(busy, "Busy cores", "s", "cores")
-        used = {
-            f"GPU {number}": [(load.at_s, load.gpus[number].get("utilization.gpu", 0.0)) for load in throughput.load]
-            for number in range(len(throughput.load[0].gpus))
-        }
+        gpus = enumerate(throughput.gpu_samples())
+        used = {f"GPU {number}": gpu["utilization.gpu"] for number, gpu in gpus if "utilization.gpu" in gpu}
         if used:
             yield plots.lines(used, "GPU load", "s", "%")
 
@@ -138,10 +139,3 @@ def _table(grid: Grid) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in grid.head)
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in grid.rows)
     return f"<table><caption>{escape(grid.title)}</caption><tr>{head}</tr>{rows}</table>"
-
-
-def _tree(value: object, depth: int = 0) -> str:
-    """A configuration as indented lines."""
-    if not isinstance(value, dict):
-        return f" {value}"
-    return "".join(f"\n{'  ' * depth}{key}:{_tree(below, depth + 1)}" for key, below in value.items())

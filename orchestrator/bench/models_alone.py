@@ -4,32 +4,33 @@ The orchestrator never imports torch; what is measured here runs beside it, in t
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ipc.errors import InputError, LongLiveError
-from orchestrator.bench.compare import Contender, Times
-from orchestrator.bench.environment import REPOSITORY
+from orchestrator.bench.compare import Contender, Times, identity
 from orchestrator.bench.report import Roofline
 from orchestrator.bench.runs import Subject
+from orchestrator.checkout import ROOT, SCRIPTS, with_sources
 from orchestrator.progress import one_line
 
-SCRIPTS = REPOSITORY / "scripts"
+SCRIPT_S = 3600.0
+"""How long a script may take."""
 STRAIGHTFORWARD = "straightforward"
 """Name of the side that scripts/baseline.py makes."""
 
 
-def straightforward(subject: Subject, blocks: int, warmup: int) -> Contender:
+def straightforward(subject: Subject, blocks: int) -> Contender:
     """The straightforward pipeline: one process, LoRA beside the weights, a rolled cache, the VAE in line."""
+    warmup = subject.load().stream.window_blocks + 1
 
     def measure() -> Times:
         times: Times = run_script("bench_reference.py", subject, "--blocks", str(blocks), "--warmup", str(warmup))["ms"]
         return times
 
-    return Contender(STRAIGHTFORWARD, subject.overrides, measure)
+    return Contender(STRAIGHTFORWARD, subject.overrides, f"{STRAIGHTFORWARD} {identity(subject)}", measure)
 
 
 def roofline(subject: Subject, repeats: int) -> Roofline:
@@ -47,21 +48,21 @@ def run_script(name: str, subject: Subject, *arguments: str) -> dict[str, Any]:
 
     Raises:
         InputError: there is no checkout with the script.
-        LongLiveError: it failed.
+        LongLiveError: it failed, or took longer than `SCRIPT_S`.
     """
     script = SCRIPTS / name
     if not script.is_file():
         raise InputError(f"{script}: no such file; this measurement needs a checkout of the repository")
     changes = [word for override in subject.overrides for word in ("--set", override)]
     command: Sequence[str] = (sys.executable, str(script), "--config", subject.config, *changes, *arguments)
-    done = subprocess.run(command, cwd=REPOSITORY, env=_with_repository(), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=with_sources(), capture_output=True, text=True, timeout=SCRIPT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LongLiveError(f"{name}: not done within {SCRIPT_S:g} s; measure fewer blocks") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         raise LongLiveError(f"{name}: ended with code {done.returncode}: {one_line(done.stderr)[-400:]}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found
-
-
-def _with_repository() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}

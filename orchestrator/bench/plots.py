@@ -65,13 +65,11 @@ def lines(
     x_label: str,
     y_label: str,
     marks: Sequence[float] = (),
-    *,
-    from_zero: bool = True,
 ) -> str:
-    """A line for each series; `marks` are places on the x axis, such as blocks with a prompt switch."""
+    """A line for each series above zero; `marks` are places on the x axis, such as blocks with a prompt switch."""
     points = [point for line in series.values() for point in line]
     xs, ys = [a for a, _ in points], [b for _, b in points]
-    x, y = _x(min(xs), max(xs)), _y(0 if from_zero else min(ys), max(ys) * 1.05 or 1.0)
+    x, y = _x(min(xs), max(xs)), _y(0, max(ys) * 1.05 or 1.0)
     drawn = [
         f'<line class="mark" x1="{x.at(m):.1f}" x2="{x.at(m):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>' for m in marks
     ]

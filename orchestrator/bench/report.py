@@ -6,14 +6,13 @@ measure or to show anything.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ipc.errors import InputError
 
 SCHEMA_VERSION: Literal[1] = 1
-Milliseconds = Annotated[float, Field(ge=0)]
 
 
 class Record(BaseModel):
@@ -96,7 +95,7 @@ class BlockRow(Record):
 
 
 class WorkerMemory(Record):
-    """Memory of a worker: `host_bytes` a block, resident, shared pages included."""
+    """Memory of a worker: `host_bytes` a block, resident, shared pages included; peaks are those of the whole run."""
 
     worker: str
     host_peak_bytes: int
@@ -179,6 +178,17 @@ class Throughput(Record):
     fps_by_second: tuple[int, ...]
     underruns: int
     load: tuple[Load, ...]
+
+    def gpu_samples(self) -> list[dict[str, list[tuple[float, float]]]]:
+        """Of each GPU, by name, pairs of `at_s` and a value; a look that nvidia-smi did not answer is missing."""
+        found: list[dict[str, list[tuple[float, float]]]] = []
+        for load in self.load:
+            for number, gpu in enumerate(load.gpus):
+                if number == len(found):
+                    found.append({})
+                for name, value in gpu.items():
+                    found[number].setdefault(name, []).append((load.at_s, value))
+        return found
 
 
 class Start(Record):
@@ -272,12 +282,6 @@ class Report(Record):
     roofline: Roofline | None = None
     operations: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def write_report(report: Report, path: Path) -> None:
-    """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def read_report(path: Path) -> Report:

@@ -1,15 +1,12 @@
-"""One run of the shipped runtime, seen from outside: the command in a process of its own, a client, its events.
+"""One run of the shipped runtime, seen from outside: the command in a process of its own, from its start to its end.
 
-Knows the events of the daemon and nothing of its inside; what the times mean is said elsewhere.
+Every wait has a deadline. Knows nothing of the runtime's inside.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,31 +15,17 @@ from pathlib import Path
 from configs.load import load_config
 from configs.schema import RuntimeConfig
 from ipc.errors import LongLiveError, NotRunning
-from ipc.messages import (
-    BlockTimes,
-    Discontinuity,
-    FramesPlayed,
-    Message,
-    OnAir,
-    PromptEncoded,
-    PromptInForce,
-    StateChanged,
-    WorkerRestarted,
-)
-from orchestrator.bench.environment import REPOSITORY
-from orchestrator.bench.processes import resident_bytes
+from orchestrator.bench.recording import Listener, Recording
+from orchestrator.checkout import with_sources
 from orchestrator.client import Client
 from orchestrator.progress import one_line
 
 RUNTIME = (sys.executable, "-m", "orchestrator.cli")
-START_S = 900.0
-"""How long a run may take to come up."""
+QUIET_S = 900.0
+"""How long a run may take to come up, and to play its next block."""
 END_S = 60.0
 """How long it may take to end once its last event came."""
-ASK_NS = 2_000_000_000
-"""How often the daemon is asked for what the workers hold on their devices."""
-LAST_STAGE = "vae_decoder"
-"""Of the model stages the one that ends a block."""
+LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,57 +51,6 @@ class Subject:
         return load_config(self.config, self.overrides)
 
 
-@dataclass
-class Recording:
-    """What a run said, in the order in which it came.
-
-    Attributes:
-        memory: by worker, pairs of a block and resident bytes when it was decoded.
-        device_peaks: by worker, the most bytes that it was seen to hold on devices.
-        came_ns: when an event came, for events without a stamp of their own.
-    """
-
-    spawned_ns: int = 0
-    answered_ns: int = 0
-    pids: dict[str, int] = field(default_factory=dict)
-    blocks: list[BlockTimes] = field(default_factory=list)
-    frames: list[FramesPlayed] = field(default_factory=list)
-    encoded: dict[int, PromptEncoded] = field(default_factory=dict)
-    in_force: dict[int, PromptInForce] = field(default_factory=dict)
-    on_air: dict[int, OnAir] = field(default_factory=dict)
-    states_ns: dict[str, int] = field(default_factory=dict)
-    breaks: list[str] = field(default_factory=list)
-    memory: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    device_peaks: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    underruns: int = 0
-
-    def note(self, event: Message, now_ns: int) -> None:
-        """Takes an event in."""
-        match event:
-            case BlockTimes():
-                self.blocks.append(event)
-                if event.stage == LAST_STAGE:
-                    self._note_memory(event.block)
-            case FramesPlayed():
-                self.frames.append(event)
-            case PromptEncoded():
-                self.encoded[event.version] = event
-            case PromptInForce():
-                self.in_force[event.version] = event
-            case OnAir():
-                self.on_air[event.version] = event
-            case StateChanged():
-                self.states_ns.setdefault(event.state, now_ns)
-            case Discontinuity() | WorkerRestarted():
-                self.breaks.append(event.reason)
-
-    def _note_memory(self, block: int) -> None:
-        for worker, pid in self.pids.items():
-            held = resident_bytes(pid)
-            if held is not None:
-                self.memory[worker].append((block, held))
-
-
 class LiveRun:
     """A running daemon.
 
@@ -127,24 +59,66 @@ class LiveRun:
         recording: filled by a thread of its own until the daemon ends.
     """
 
-    def __init__(self, client: Client, recording: Recording, listener: threading.Thread) -> None:
+    def __init__(self, client: Client, listener: Listener, daemon: "subprocess.Popen[bytes]", errors: Path) -> None:
         self.client = client
-        self.recording = recording
+        self.recording = listener.recording
         self._listener = listener
+        self._daemon = daemon
+        self._errors = errors
 
-    def wait_for_block(self, block: int, timeout_s: float = START_S) -> None:
-        """Returns when a block's frames were played. Raises LongLiveError: the run ended, or it took too long."""
-        deadline = time.monotonic() + timeout_s
-        while not any(played.block >= block for played in reversed(self.recording.frames)):
-            if not self._listener.is_alive():
-                raise LongLiveError(f"the run ended before block {block}")
-            if time.monotonic() > deadline:
-                raise LongLiveError(f"block {block} was not played within {timeout_s:.0f} s")
-            time.sleep(0.01)
+    @property
+    def last_block(self) -> int:
+        """The last one whose frames were all played; -1 before the first."""
+        frames = self.recording.frames
+        return frames[-1].block if frames else -1
+
+    def wait_for_block(self, block: int) -> None:
+        """Returns when a block's frames were played.
+
+        Raises:
+            LongLiveError: the run ended before, or no block was played for `QUIET_S`.
+        """
+        self._wait(f"block {block}", lambda: self.last_block >= block)
 
     def wait_for_the_end(self) -> None:
-        """Returns when the daemon has told all and gone."""
-        self._listener.join()
+        """Returns when the daemon has told all. Raises LongLiveError: no block was played for `QUIET_S`."""
+        self._wait("its end", lambda: not self._listener.is_alive())
+
+    def stop(self) -> None:
+        """Ends the run where it does not end by itself. Raises LongLiveError: it failed, or not in time."""
+        if self._daemon.poll() is None and self._listener.is_alive():
+            try:
+                self.client.stop(END_S)
+            except NotRunning:
+                pass  # it was about to end
+            except TimeoutError as error:
+                raise LongLiveError(f"the run did not end within {END_S:g} s of being asked to") from error
+        self._listener.join(END_S)
+        code = self._code()
+        if code != 0:
+            raise LongLiveError(f"the run ended with code {code}: {_tail(self._errors)}")
+        if self.recording.breaks:
+            raise LongLiveError(f"a worker was started again: {one_line(self.recording.breaks[0])}")
+
+    def _wait(self, what: str, done: Callable[[], bool]) -> None:
+        seen, since = self.last_block, time.monotonic()
+        while True:
+            ended = not self._listener.is_alive()
+            if done():
+                return
+            if ended:
+                raise LongLiveError(f"the run ended before {what}, with code {self._code()}: {_tail(self._errors)}")
+            if self.last_block != seen:
+                seen, since = self.last_block, time.monotonic()
+            elif time.monotonic() - since > QUIET_S:
+                raise LongLiveError(f"waited for {what} of a run that played no block for {QUIET_S:g} s")
+            time.sleep(LOOK_S)
+
+    def _code(self) -> int:
+        try:
+            return self._daemon.wait(END_S)
+        except subprocess.TimeoutExpired as error:
+            raise LongLiveError(f"the run did not end within {END_S:g} s of the last that it told") from error
 
 
 @contextmanager
@@ -156,31 +130,28 @@ def running(subject: Subject, *, blocks: int | None = None, settings: Sequence[s
         settings: changes beside the subject's own.
 
     Raises:
-        LongLiveError: it did not start, or ended with an error.
+        LongLiveError: it did not start, ended with an error, or a worker was started again.
     """
     with tempfile.TemporaryDirectory(prefix="longlive-bench-") as folder:
         directory, errors = Path(folder) / "run", Path(folder) / "errors"
         command = _command(subject, blocks, settings)
         with errors.open("w", encoding="utf-8") as log:
-            recording = Recording(spawned_ns=time.monotonic_ns())
+            listener = Listener(directory, Recording(spawned_ns=time.monotonic_ns()), QUIET_S + END_S)
             daemon = subprocess.Popen(
                 command, env=_environment(directory, subject.environment), stdout=subprocess.DEVNULL, stderr=log
             )
         try:
-            with _connected(directory, daemon, errors, recording) as client:
-                listener = threading.Thread(target=_listen, args=(directory, recording), name="events", daemon=True)
+            with _connected(directory, daemon, errors) as client:
+                listener.recording.answered_ns = time.monotonic_ns()
                 listener.start()
-                run = LiveRun(client, recording, listener)
+                run = LiveRun(client, listener, daemon, errors)
                 yield run
-                if daemon.poll() is None and listener.is_alive():
-                    client.stop()
-                listener.join(END_S)
-            code = daemon.wait(END_S)
+                run.stop()
         finally:
             daemon.kill()
             daemon.wait()
-        if code != 0:
-            raise LongLiveError(f"{subject.config}: the run ended with code {code}: {_tail(errors)}")
+            if listener.is_alive():
+                listener.join(END_S)
 
 
 def record(subject: Subject, blocks: int, settings: Sequence[str] = ()) -> Recording:
@@ -191,8 +162,6 @@ def record(subject: Subject, blocks: int, settings: Sequence[str] = ()) -> Recor
     with running(subject, blocks=blocks + 1, settings=settings) as run:
         run.wait_for_the_end()
     recording = run.recording
-    if recording.breaks:
-        raise LongLiveError(f"{subject.config}: a worker was started again: {one_line(recording.breaks[0])}")
     recording.blocks = [times for times in recording.blocks if times.block < blocks]
     recording.frames = [played for played in recording.frames if played.block < blocks]
     return recording
@@ -209,54 +178,24 @@ def _command(subject: Subject, blocks: int | None, settings: Sequence[str]) -> l
 
 
 def _environment(directory: Path, further: Sequence[tuple[str, str]]) -> Mapping[str, str]:
-    """The runtime beside this file is measured, also where another one is installed."""
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "LONGLIVE_RUN_DIR": str(directory), **dict(further)}
+    return {**with_sources(), "LONGLIVE_RUN_DIR": str(directory), **dict(further)}
 
 
-def _connected(directory: Path, daemon: "subprocess.Popen[bytes]", errors: Path, recording: Recording) -> Client:
-    deadline = time.monotonic() + START_S
+def _connected(directory: Path, daemon: "subprocess.Popen[bytes]", errors: Path) -> Client:
+    deadline = time.monotonic() + QUIET_S
     while True:
         try:
-            client = Client(directory)
+            return Client(directory)
         except NotRunning:
             if daemon.poll() is not None:
                 raise LongLiveError(f"the daemon did not start: {_tail(errors)}") from None
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.01)
-            continue
-        recording.answered_ns = time.monotonic_ns()
-        return client
-
-
-def _listen(directory: Path, recording: Recording, clock: Callable[[], int] = time.monotonic_ns) -> None:
-    """Takes events in until the daemon ends, and now and again asks for a snapshot."""
-    with Client(directory) as client:
-        events = client.events()
-        asked_ns = clock()
-        _ask(client, recording)
-        for event in events:
-            now = clock()
-            recording.note(event, now)
-            if now - asked_ns >= ASK_NS and isinstance(event, BlockTimes):
-                asked_ns = now
-                _ask(client, recording)
-
-
-def _ask(client: Client, recording: Recording) -> None:
-    try:
-        status = client.status()
-    except NotRunning:
-        return
-    recording.underruns = status.underruns
-    recording.pids["orchestrator"] = status.pid
-    shared = Counter(stage.pid for stage in status.stages.values())
-    for name, stage in status.stages.items():
-        worker = "models" if shared[stage.pid] > 1 else name
-        recording.pids[worker] = stage.pid
-        recording.device_peaks[worker] = max(recording.device_peaks[worker], stage.device_memory_bytes)
+            time.sleep(LOOK_S)
 
 
 def _tail(errors: Path) -> str:
-    return one_line(errors.read_text(encoding="utf-8", errors="replace"))[-400:]
+    """The error that the command ended with; where it told none, the end of what it said."""
+    text = errors.read_text(encoding="utf-8", errors="replace")
+    told = [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+    return one_line(told[-1] if told else text)[-400:]

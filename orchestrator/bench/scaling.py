@@ -1,15 +1,15 @@
 """How rate and latency follow streams side by side, devices, placements, windows, resolutions and steps."""
 
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
-from configs.schema import PATCH, SPATIAL_STRIDE
-from ipc.errors import LongLiveError
+from configs.schema import PATCH, SPATIAL_STRIDE, RuntimeConfig
 from orchestrator.bench.environment import gpu_rows
-from orchestrator.bench.report import Case, Steady
-from orchestrator.bench.runs import Recording, Subject, record
+from orchestrator.bench.report import Case
+from orchestrator.bench.runs import Subject, running
 from orchestrator.bench.statistics import distribution
-from orchestrator.bench.steady import block_intervals, known, steady_of
+from orchestrator.bench.steady import SETTLE, frames_a_second, intervals_ms, known
 
 Point = tuple[str, str, tuple[str, ...], int]
 """Axis, name, settings, streams."""
@@ -34,7 +34,7 @@ def points(subject: Subject, axes: tuple[str, ...], quick: bool) -> Iterator[Poi
             yield "placement", "two devices", ("placement=process", *devices), 1
     if "window" in axes:
         block = stream.frames_per_block
-        sizes = (2, 4, 6) if quick else (2, 3, 4, 6, 8)
+        sizes = (2, 4) if quick else (2, 3, 4, 6, 8)
         for window in (size * block for size in sizes if size * block >= stream.sink + block):
             yield "window", f"{window} latent frames", (f"stream.window={window}",), 1
     if "resolution" in axes:
@@ -48,48 +48,38 @@ def points(subject: Subject, axes: tuple[str, ...], quick: bool) -> Iterator[Poi
 
 
 def measure_point(subject: Subject, point: Point, blocks: int) -> Case:
-    """One point: its streams side by side, each with a full window. Raises LongLiveError."""
+    """One point: its streams side by side, from when every window is full until each made its blocks.
+
+    A stream that is ahead goes on until the others are there, so that none is measured alone. Raises LongLiveError.
+    """
     _, _, settings, streams = point
     changed = subject.with_settings(*settings)
     config = changed.load()
-    warmup = config.stream.window_blocks + 2
-    recordings = side_by_side(streams, lambda: record(changed, warmup + blocks, ("output.pace=free",)))
-    return case_of(point, [steady_of(recording, config, warmup) for recording in recordings])
+    with ExitStack() as stack:
+        runs = [stack.enter_context(running(changed, settings=("output.pace=free",))) for _ in range(streams)]
+        for run in runs:
+            run.wait_for_block(config.stream.window_blocks + SETTLE)
+        began = time.monotonic_ns()
+        for run, last in [(run, run.last_block + 1 + blocks) for run in runs]:
+            run.wait_for_block(last)
+        ended = time.monotonic_ns()
+    return case_of(point, config, [run.recording.block_ends(began, ended) for run in runs])
 
 
-def case_of(point: Point, steady: list[Steady]) -> Case:
-    """Streams of one point together. Pure."""
+def case_of(point: Point, config: RuntimeConfig, ends: Sequence[Sequence[int]]) -> Case:
+    """Streams of one point together, from the stamps at which their blocks ended. Pure."""
     axis, name, settings, streams = point
+    block_ms = [intervals_ms(each) for each in ends]
+    rates = [frames_a_second(each, config) for each in block_ms]
     return Case(
         axis=axis,
         name=name,
         settings=settings,
         streams=streams,
-        pixel_fps=sum(each.pixel_fps for each in steady),
-        rtf_each=min(each.rtf for each in steady),
-        block_interval_ms=known(distribution([ms for each in steady for ms in block_intervals(each.rows)])),
+        pixel_fps=sum(rates),
+        rtf_each=min(rates) / config.video.fps,
+        block_interval_ms=known(distribution([ms for each in block_ms for ms in each])),
     )
-
-
-def side_by_side(count: int, run: Callable[[], Recording]) -> list[Recording]:
-    """What as many runs at the same time say. Raises LongLiveError: the first error of one of them."""
-    recordings: list[Recording] = []
-    errors: list[LongLiveError] = []
-
-    def one() -> None:
-        try:
-            recordings.append(run())
-        except LongLiveError as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=one, name=f"stream {number}") for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return recordings
 
 
 def _rounded(pixels: float) -> int:

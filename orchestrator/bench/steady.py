@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from configs.schema import RuntimeConfig
 from ipc.errors import InputError, LongLiveError
+from orchestrator.bench.recording import Recording
 from orchestrator.bench.report import BlockRow, Distribution, Steady, WorkerMemory
-from orchestrator.bench.runs import Recording
 from orchestrator.bench.statistics import distribution, misses, trend
 
 STAGES = ("denoiser", "vae_decoder", "output")
 """Stages that work on every block."""
+SETTLE = 4
+"""Blocks beyond a full window that are not measured: until then latents may wait that were made while it filled."""
 
 
 def checked_warmup(config: RuntimeConfig, warmup: int) -> None:
@@ -28,8 +30,7 @@ def steady_of(recording: Recording, config: RuntimeConfig, warmup: int, pace: st
         raise LongLiveError(f"found {len(rows)} blocks after the warm-up of {warmup}, expected 2 or more")
     stamps = [stamp for played in recording.frames if played.block >= warmup for stamp in played.played_ns]
     block_ms = block_intervals(rows)
-    seconds = (stamps[-1] - stamps[0]) / 1e9
-    pixel_fps = (len(stamps) - 1) / seconds
+    pixel_fps = frames_a_second(block_ms, config)
     device: defaultdict[str, list[float]] = defaultdict(list)
     for times in recording.blocks:
         if times.block >= warmup and times.device_ms is not None:
@@ -84,6 +85,11 @@ def block_intervals(rows: Sequence[BlockRow]) -> list[float]:
     ]
 
 
+def frames_a_second(block_ms: Sequence[float], config: RuntimeConfig) -> float:
+    """From block to block: frames come in bunches, and a count from frame to frame would leave out a wait."""
+    return 1000 * config.stream.frames_in(1) * len(block_ms) / sum(block_ms)
+
+
 def intervals_ms(stamps: Sequence[int]) -> list[float]:
     """Milliseconds between neighbours."""
     return [(b - a) / 1e6 for a, b in itertools.pairwise(stamps)]
@@ -92,7 +98,7 @@ def intervals_ms(stamps: Sequence[int]) -> list[float]:
 def memory_of(
     memory: Mapping[str, Sequence[tuple[int, int]]], device_peaks: Mapping[str, int], warmup: int
 ) -> list[WorkerMemory]:
-    """Of every worker what it held, from the warm-up's end on."""
+    """Of every worker what it held block by block from the warm-up's end on, and its peaks of the whole run."""
     found = []
     for worker, held in memory.items():
         warm = [(block, size) for block, size in held if block >= warmup]

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from configs.schema import RuntimeConfig
 from ipc.errors import LongLiveError
+from ipc.processes import cpu_seconds, machine_cpu_seconds
 from orchestrator.bench.environment import cpu_mhz, gpu_load
-from orchestrator.bench.processes import cpu_seconds, machine_cpu_seconds
+from orchestrator.bench.recording import Recording
 from orchestrator.bench.report import Load, Start, Throughput
-from orchestrator.bench.runs import Recording, Subject, running
+from orchestrator.bench.runs import Subject, running
+from orchestrator.bench.steady import frames_a_second, intervals_ms
 
 SAMPLE_S = 1.0
 
@@ -57,7 +60,8 @@ class LoadSampler:
             before, busy, own = now, busy_now, own_now
 
     def _workers(self) -> dict[str, float]:
-        used = {name: cpu_seconds(pid) for name, pid in self._pids.items()}
+        # A copy: who listens adds to the table meanwhile.
+        used = {name: cpu_seconds(pid) for name, pid in dict(self._pids).items()}
         return {name: seconds for name, seconds in used.items() if seconds is not None}
 
 
@@ -70,39 +74,39 @@ def measure_throughput(subject: Subject, seconds: float) -> Throughput:
         with LoadSampler(run.recording.pids) as sampler:
             time.sleep(seconds)
         ended = time.monotonic_ns()
-    return throughput_of(run.recording, began, ended, config.video.fps, sampler.samples)
+    return throughput_of(run.recording, began, ended, config, sampler.samples)
 
 
-def throughput_of(recording: Recording, began_ns: int, ended_ns: int, fps: int, load: Sequence[Load]) -> Throughput:
-    """Frames that were at the sinks between two stamps. Raises LongLiveError where there are fewer than two."""
+def throughput_of(
+    recording: Recording, began_ns: int, ended_ns: int, config: RuntimeConfig, load: Sequence[Load]
+) -> Throughput:
+    """Frames that were at the sinks between two stamps. Raises LongLiveError where there are fewer than two blocks."""
+    ends = recording.block_ends(began_ns, ended_ns)
+    if len(ends) < 2:
+        raise LongLiveError(f"found {len(ends)} blocks in {(ended_ns - began_ns) / 1e9:.1f} s; measure for longer")
+    pixel_fps = frames_a_second(intervals_ms(ends), config)
     stamps = [at for frames in recording.frames for at in frames.played_ns if began_ns <= at < ended_ns]
-    if len(stamps) < 2:
-        raise LongLiveError(f"found {len(stamps)} frames in {(ended_ns - began_ns) / 1e9:.1f} s; measure for longer")
-    pixel_fps = (len(stamps) - 1) * 1e9 / (stamps[-1] - stamps[0])
     by_second = Counter((at - began_ns) // 1_000_000_000 for at in stamps)
     whole = int((ended_ns - began_ns) // 1_000_000_000)
     return Throughput(
         seconds=(ended_ns - began_ns) / 1e9,
         pixel_fps=pixel_fps,
-        rtf=pixel_fps / fps,
+        rtf=pixel_fps / config.video.fps,
         fps_by_second=tuple(by_second[second] for second in range(whole)),
         underruns=recording.underruns,
         load=tuple(load),
     )
 
 
-def measure_starts(subject: Subject, rounds: int) -> list[Start]:
-    """Pairs of a cold start, with compilers' caches empty and the weights out of the page cache, and a warm one."""
-    found = []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory(prefix="longlive-bench-") as folder:
-            caches = tuple((name, f"{folder}/{name}") for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"))
-            fresh = Subject(subject.config, subject.overrides, (*subject.environment, *caches), subject.program)
-            path = subject.load().model.path
-            if path is not None:
-                forget_files(path)
-            found += [_start(fresh, "cold"), _start(fresh, "warm")]
-    return found
+def measure_starts(subject: Subject) -> tuple[Start, Start]:
+    """A cold start, with compilers' caches empty and the weights out of the page cache, and a warm one."""
+    with tempfile.TemporaryDirectory(prefix="longlive-bench-") as folder:
+        caches = tuple((name, f"{folder}/{name}") for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"))
+        fresh = Subject(subject.config, subject.overrides, (*subject.environment, *caches), subject.program)
+        path = subject.load().model.path
+        if path is not None:
+            forget_files(path)
+        return _start(fresh, "cold"), _start(fresh, "warm")
 
 
 def forget_files(folder: Path) -> None:

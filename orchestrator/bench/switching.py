@@ -10,14 +10,15 @@ from collections.abc import Iterator, Sequence
 
 from configs.schema import StreamConfig
 from ipc.errors import LongLiveError
-from ipc.messages import Applied, BlockTimes, FramesPlayed
+from ipc.messages import Applied, BlockTimes, FramesPlayed, OnAir
+from orchestrator.bench.recording import Recording
 from orchestrator.bench.report import BlockRow, SwitchCase, SwitchSample
-from orchestrator.bench.runs import LiveRun, Recording, Subject, running
+from orchestrator.bench.runs import LiveRun, Subject, running
 from orchestrator.bench.statistics import distribution
 from orchestrator.bench.steady import block_rows, known
 
 PROMPTS = (
-    "a red circle moving right",
+    "a white ring moving down on a dark blue background",
     "a large blue square in the upper left corner, standing still",
     "three green stars falling slowly on a black ground",
     "a realistic video of a red fox trotting through a snowy forest at dawn, soft light, cinematic",
@@ -34,11 +35,11 @@ TIMEOUT_S = 120.0
 
 
 def switch_cases(stream: StreamConfig, quick: bool) -> list[tuple[str, str]]:
-    """Pairs of `stream.recache` and `stream.switch` that are measured; few of the cross product where it is quick."""
-    recaches = ("full", f"recent({2 * stream.frames_per_block})", "none", "blend(1.5)")
-    cuts = ("boundary", "abort")
-    crossed = [(recache, cut) for cut in cuts for recache in recaches]
-    return [pair for pair in crossed if not quick or pair[1] == "boundary" or pair[0] == "full"]
+    """Pairs of `stream.recache` and `stream.switch` that are measured; quick are both cuts, and a short recache."""
+    recent = f"recent({2 * stream.frames_per_block})"
+    if quick:
+        return [("full", "boundary"), (recent, "boundary"), ("full", "abort")]
+    return [(recache, cut) for cut in ("boundary", "abort") for recache in ("full", recent, "none", "blend(1.5)")]
 
 
 def measure_switches(subject: Subject, recache: str, cut: str, switches: int, pace: str, seed: int) -> SwitchCase:
@@ -48,24 +49,34 @@ def measure_switches(subject: Subject, recache: str, cut: str, switches: int, pa
     settings = (f"stream.recache={recache}", f"stream.switch={cut}", f"output.pace={pace}")
     draw = random.Random(seed)
     sent: dict[int, int] = {}
+    shown_block = 0
     with running(subject, settings=settings) as run:
         run.wait_for_block(config.stream.window_blocks)
-        for number, text in enumerate(texts(switches)):
-            sent[_switch(run, text)] = number % len(PROMPTS)
+        for prompt, text in texts(switches):
+            on_air = _switch(run, text)
+            sent[on_air.version], shown_block = prompt, on_air.block
             time.sleep(draw.uniform(0, block_s))
-        run.wait_for_block(max(event.block for event in run.recording.on_air.values()))
+        run.wait_for_block(shown_block)
     samples = tuple(switch_samples(run.recording, sent))
     if len(samples) < len(sent):
         raise LongLiveError(f"{len(sent) - len(samples)} of {len(sent)} switches were not told in full")
     return switch_case(recache, cut, samples, block_rows(run.recording))
 
 
-def texts(switches: int) -> Iterator[str]:
-    """First every prompt once, which fills the cache; then in turn one that is there and one that was never seen."""
+def texts(switches: int) -> Iterator[tuple[int, str]]:
+    """Numbers in `PROMPTS` and texts: two that were never seen, then in turn one that was, and one that was not.
+
+    One that was seen is the new one before the last, so that it is not in force now, and a small cache still has it.
+    """
+    new: list[tuple[int, str]] = []
     for number in range(switches):
-        prompt = PROMPTS[number % len(PROMPTS)]
-        seen = number >= len(PROMPTS) and (number // len(PROMPTS) + number) % 2 == 1
-        yield prompt if seen or number < len(PROMPTS) else f"{prompt}, take {number}"
+        if number >= 2 and number % 2 == 0:
+            yield new[-2]
+        else:
+            prompt = len(new) % len(PROMPTS)
+            text = PROMPTS[prompt] if len(new) < len(PROMPTS) else f"{PROMPTS[prompt]}, take {number}"
+            new.append((prompt, text))
+            yield new[-1]
 
 
 def switch_case(recache: str, cut: str, samples: Sequence[SwitchSample], rows: Sequence[BlockRow]) -> SwitchCase:
@@ -87,7 +98,8 @@ def switch_samples(recording: Recording, sent: dict[int, int]) -> Iterator[Switc
     played = {frames.block: frames for frames in recording.frames}
     for version, prompt in sent.items():
         on_air = recording.on_air.get(version)
-        if on_air is not None and {on_air.block} <= decoded.keys() & played.keys() and version in recording.in_force:
+        told = version in recording.in_force and version in recording.encoded
+        if on_air is not None and told and on_air.block in decoded and on_air.block in played:
             yield _sample(recording, prompt, version, decoded[on_air.block], played[on_air.block])
 
 
@@ -107,11 +119,13 @@ def _sample(recording: Recording, prompt: int, version: int, decoded: BlockTimes
     )
 
 
-def _switch(run: LiveRun, text: str) -> int:
-    """Sends a prompt and waits until it is on air; its version. Raises LongLiveError."""
+def _switch(run: LiveRun, text: str) -> OnAir:
+    """Sends a prompt and waits until it is on air. Raises LongLiveError."""
     handle = run.client.prompt(text)
-    answer = handle.result(TIMEOUT_S)
-    if not isinstance(answer, Applied):
-        raise LongLiveError(f"prompt {text!r}: expected applied, found {answer.type}")
-    handle.on_air(TIMEOUT_S)
-    return answer.version
+    try:
+        answer = handle.result(TIMEOUT_S)
+        if not isinstance(answer, Applied):
+            raise LongLiveError(f"prompt {text!r}: expected applied, found {answer.type}")
+        return handle.on_air(TIMEOUT_S)
+    except TimeoutError as error:
+        raise LongLiveError(f"prompt {text!r}: not applied or not on air within {TIMEOUT_S:g} s") from error

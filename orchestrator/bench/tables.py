@@ -150,11 +150,9 @@ def _throughput(seen: Throughput) -> Grid:
     rows = [("pixel fps", f"{seen.pixel_fps:.2f}"), ("RTF", f"{seen.rtf:.2f}"), ("seconds", f"{seen.seconds:.1f}")]
     rows.append(("busy cores, mean", _mean([load.cpu_cores for load in seen.load], ".2f")))
     rows.append(("CPU clock, mean, MHz", _mean([load.cpu_mhz for load in seen.load if load.cpu_mhz], ".0f")))
-    for number, gpu in enumerate(seen.load[0].gpus if seen.load else ()):
-        for name in gpu:
-            rows.append(
-                (f"GPU {number}, {name}, mean", _mean([load.gpus[number].get(name, 0) for load in seen.load], ".0f"))
-            )
+    for number, gpu in enumerate(seen.gpu_samples()):
+        for name, samples in gpu.items():
+            rows.append((f"GPU {number}, {name}, mean", _mean([value for _, value in samples], ".0f")))
     return Grid("Throughput", ("what", "value"), tuple(rows))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bench.runs import Recording
+from orchestrator.bench.recording import Recording
 
 HOST, DEVICE, PROMPTS = 1, 2, 3
 LINES = {HOST: "host stamps", DEVICE: "CUDA events", PROMPTS: "prompts"}

@@ -13,6 +13,11 @@ def resident_bytes(pid: int) -> int | None:
     return int(fields[1]) * PAGE if fields else None
 
 
+def own_resident_bytes() -> int:
+    """Resident memory of this process."""
+    return resident_bytes(os.getpid()) or 0
+
+
 def cpu_seconds(pid: int) -> float | None:
     """Processor time in user and kernel mode; None for a process that is gone."""
     fields = _fields(pid, "stat")
