@@ -56,10 +56,8 @@ def charts(report: Report) -> Iterator[str]:
     for comparison in report.comparisons:
         yield _comparison(comparison)
     for axis in dict.fromkeys(case.axis for case in report.scaling):
-        cases = [case for case in report.scaling if case.axis == axis]
-        points = [(float(number), case.pixel_fps) for number, case in enumerate(cases)]
-        names = ", ".join(f"{number}: {case.name}" for number, case in enumerate(cases))
-        yield plots.lines({"": points}, f"Frames a second by {axis}", names, "fps")
+        found = {case.name: case.pixel_fps for case in report.scaling if case.axis == axis}
+        yield plots.bars(found, f"Frames a second by {axis}", "fps")
     if report.roofline is not None:
         yield _roofline(report.roofline)
 

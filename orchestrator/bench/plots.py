@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 860, 280
@@ -23,6 +23,7 @@ class Axis:
     from_px: float
     to_px: float
     log: bool = False
+    ticked: bool = True
 
     def at(self, value: float) -> float:
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
@@ -31,7 +32,9 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Round numbers: powers of ten, or some four to eight steps of 1, 2 or 5."""
+        """Round numbers, if any are wanted: powers of ten, or some four to eight steps of 1, 2 or 5."""
+        if not self.ticked:
+            return []
         if self.log:
             return [10.0**n for n in range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)]
         step = _round_step((self.high - self.low) / 6)
@@ -55,7 +58,9 @@ def histogram(values: Sequence[float], title: str, unit: str, marks: Mapping[str
         for i, n in enumerate(bins)
         if n
     ]
-    lines = [_mark(x, value, f"{name} {value:.3g}", level) for level, (name, value) in enumerate(marks.items())]
+    lines = [
+        _mark(x, value, f"{name} {_short(round(value, 1))}", level) for level, (name, value) in enumerate(marks.items())
+    ]
     return _picture(title, x, y, unit, "blocks", [*bars, *lines])
 
 
@@ -81,6 +86,23 @@ def lines(
                 f'<circle cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="2.5" fill="{_colour(number)}"/>' for a, b in line
             ]
     return _picture(title, x, y, x_label, y_label, drawn, list(series))
+
+
+def bars(values: Mapping[str, float], title: str, y_label: str) -> str:
+    """A bar for each name, from zero, with its value on it."""
+    x, y = _x(0, len(values)), _y(0, max(values.values()) * 1.1 or 1.0)
+    wide = (x.at(1) - x.at(0)) * 0.6
+    drawn = []
+    for number, (name, value) in enumerate(values.items()):
+        middle, top = x.at(number + 0.5), y.at(value)
+        drawn.append(
+            f'<rect x="{middle - wide / 2:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{y.at(0) - top:.1f}"'
+            f' fill="{COLOURS[0]}"/>'
+            f'<text class="tick" x="{middle:.1f}" y="{top - 4:.1f}" text-anchor="middle">'
+            f"{_short(round(value, 1))}</text>"
+            f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{escape(name)}</text>'
+        )
+    return _picture(title, replace(x, ticked=False), y, "", y_label, drawn)
 
 
 def gantt(spans: Mapping[str, Sequence[tuple[float, float, str]]], title: str) -> str:
