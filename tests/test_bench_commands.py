@@ -303,6 +303,14 @@ def test_a_wrong_side_is_said_before_anything_is_measured(
     assert "error: config nosuch: known are" in capsys.readouterr().err
 
 
+def test_a_script_that_fails_says_why_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error, and nothing of its traceback."""
+    (tmp_path / "fails.py").write_text("raise SystemError('no such device')")
+    monkeypatch.setattr(models_alone, "SCRIPTS", tmp_path)
+    with pytest.raises(LongLiveError, match=r"^fails\.py: ended with code 1: SystemError: no such device$"):
+        models_alone.run_script("fails.py", Subject("pocket"))
+
+
 def test_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(runs, "RUNTIME", (sys.executable, "-c", "import sys; sys.exit('no such weights')"))
     assert main(["bench", "steady", "--blocks", "2", *OPTIONS]) == 1

@@ -63,6 +63,7 @@ def run_script(name: str, subject: Subject, *arguments: str) -> dict[str, Any]:
         raise LongLiveError(f"{name}: not done within {SCRIPT_S:g} s; measure fewer blocks") from error
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
-        raise LongLiveError(f"{name}: ended with code {done.returncode}: {one_line(done.stderr)[-400:]}")
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise LongLiveError(f"{name}: ended with code {done.returncode}: {one_line(said[-1])[:400]}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found
