@@ -1,8 +1,7 @@
 """`orchestrator` with a fault in one stage, for tests of what the benchmark detects; the product has no such switch.
 
 Workers are spawned, and each runs this file again before its own main, so that the fault is in them too. FAULT says
-which: `leak` keeps 1 MiB for every block that is decoded, `delay` sleeps 5 ms before a block is
-denoised, in every second stretch of some: at work it would take the other stages' cores.
+which: `leak` keeps 1 MiB for every block that is decoded, `delay` sleeps 5 ms before every second block is denoised.
 """
 
 import os
@@ -13,13 +12,12 @@ from workers import denoiser, vae_decoder
 
 LEAK_BYTES = 2**20
 DELAY_S = 0.005
-STRETCH = 8
 kept: list[bytes] = []
 
 
 def is_late(block: int) -> bool:
     """Whether `delay` strikes a block."""
-    return block // STRETCH % 2 == 1
+    return block % 2 == 1
 
 
 def leak() -> None:
