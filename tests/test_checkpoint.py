@@ -40,6 +40,7 @@ from workers.models.checkpoint import (
     load_transformer,
     load_vae_decoder,
     load_vae_encoder,
+    vae_dtype,
 )
 from workers.models.denoise import Rollout
 from workers.models.noise import DrawnNoise
@@ -290,3 +291,16 @@ def test_the_tiny_vae_is_written_and_used(tmp_path: Path, monkeypatch: pytest.Mo
     check_files(model)
     drawn = model.model_copy(update={"path": None, "random_weights": True})
     assert equal(load_tiny_vae(model, CPU).state_dict(), load_tiny_vae(drawn, CPU).state_dict())
+
+
+def test_the_vae_computes_in_bfloat16_where_that_is_not_emulated() -> None:
+    """As torch names a CPU's capability; on a GPU always."""
+    auto, named = tiny_model(vae_dtype="auto"), tiny_model(vae_dtype="float16")
+    assert vae_dtype(auto, torch.device("cuda")) == torch.bfloat16
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability in ("DEFAULT", "AVX2"):
+        assert vae_dtype(auto, CPU) == torch.float32
+    elif capability.startswith("AVX512"):
+        assert vae_dtype(auto, CPU) == torch.bfloat16
+    assert vae_dtype(named, CPU) == torch.float16
+    assert load_vae_decoder(tiny_model(vae_dtype="auto"), CPU).conv2.weight.dtype == vae_dtype(auto, CPU)
