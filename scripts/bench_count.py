@@ -67,7 +67,9 @@ def fused_kernels(counted: Counted) -> Kernels:
         counted.add(2.0 * x.numel() * len(weight), x.nbytes + weight.nbytes + bias.nbytes + out.nbytes)
         return out
 
-    return Kernels("counted", plain, fp8, linear_gelu, counted.fused(TORCH.rms_norm), write_qkv)
+    return Kernels(
+        "counted", plain, fp8, linear_gelu, counted.fused(TORCH.rms_norm), write_qkv, counted.fused(TORCH.turn_sink)
+    )
 
 
 def fused_vae_kernels(counted: Counted) -> VaeKernels:

@@ -196,6 +196,21 @@ def test_queries_keys_and_values_equal_their_twins(dtype: torch.dtype, kind: KVK
             assert_same(mine, other)
 
 
+@dtypes
+@drawn
+@given(slots=st.integers(1, 3), head_dim=st.sampled_from([2, 6, 16]), seed=st.integers(0, 9))
+def test_the_sink_is_turned_in_all_layers(dtype: torch.dtype, slots: int, head_dim: int, seed: int) -> None:
+    """Into the first slots of each layer's keys; the slots behind them stay as they were."""
+    draw, shape = Drawn(seed), (5, 2, head_dim)
+    raw = draw(3, slots, *shape, dtype=dtype)
+    by = Rotation(draw(slots * 5, head_dim // 2), draw(slots * 5, head_dim // 2))
+    k, twin = (torch.zeros(3, slots + 2, *shape, device=DEVICE, dtype=dtype) for _ in range(2))
+    TRITON.turn_sink(raw, by, k[:, :slots])
+    TORCH.turn_sink(raw, by, twin[:, :slots])
+    assert_same(k, twin)
+    assert not k[:, slots:].any()
+
+
 @pytest.mark.parametrize("rope", ["relative", "absolute"])
 def test_a_stream_equals_that_of_the_twins(rope: str) -> None:
     """First blocks, a full window, a switch before and after it is full."""

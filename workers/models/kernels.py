@@ -153,6 +153,20 @@ def write_qkv(
     return turned(q, turn).to(qkv.dtype)
 
 
+def turn_sink(sink_k: Tensor, by: Rotation, k: Tensor) -> None:
+    """Rotates the sink's keys of all layers to where they now stand.
+
+    Args:
+        sink_k: [layers, sink slots, block tokens, heads, head_dim], before rotation.
+        by: [sink tokens, head_dim / 2].
+        k: as sink_k, overwritten; rounded once.
+    """
+    layers, slots = sink_k.shape[:2]
+    keys = sink_k.flatten(1, 2).transpose(0, 1).float()
+    there = turned(keys.flatten(1, 2), by).unflatten(1, (layers, -1)).transpose(0, 1)
+    k.copy_(there.unflatten(1, (slots, -1)))
+
+
 @dataclass(frozen=True)
 class LinearInputs:
     """The operations that end with what a linear takes, all as a tensor or all as `Codes`.
@@ -182,6 +196,7 @@ class Kernels:
     linear_gelu: Callable[[Tensor, Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     write_qkv: Callable[[Tensor, tuple[Tensor, Tensor], float, Rotation, KVTarget, Tensor, int], Tensor]
+    turn_sink: Callable[[Tensor, Rotation, Tensor], None]
 
 
 TORCH = Kernels(
@@ -191,4 +206,5 @@ TORCH = Kernels(
     linear_gelu,
     rms_norm,
     write_qkv,
+    turn_sink,
 )

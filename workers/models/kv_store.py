@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import KVKind, StreamConfig
-from workers.models.kernels import Codes, quantised, turned
+from workers.models.kernels import TORCH, Codes, Kernels, quantised, turned
 from workers.models.rope import Rotation
 
 
@@ -87,12 +87,9 @@ class KVStore:
         """What denoising a block in a slot may change: the slot's keys and values, and the sink's keys; views."""
         return [self.k[:, slot], self.v[:, slot], self.k[:, : self.sink_k.shape[1]]]
 
-    def move_sink(self, by: Rotation) -> None:
+    def move_sink(self, by: Rotation, kernels: Kernels = TORCH) -> None:
         """Rotates the sink's keys of all layers to where `by` [sink tokens, head_dim / 2] says."""
-        layers, slots = self.sink_k.shape[:2]
-        keys = self.sink_k.flatten(1, 2).transpose(0, 1).float()
-        there = turned(keys.flatten(1, 2), by).unflatten(1, (layers, -1)).transpose(0, 1)
-        self.k[:, :slots].copy_(there.unflatten(1, (slots, -1)))
+        kernels.turn_sink(self.sink_k, by, self.k[:, : self.sink_k.shape[1]])
 
 
 class QuantisedLayerKV(LayerKV):
@@ -196,7 +193,7 @@ class QuantisedKVStore(KVStore):
         scales = [self.k_scale[:, slot], self.v_scale[:, slot], self.k_scale[:, : self.sink_k.shape[1]]]
         return [*super().touched_by(slot), *scales]
 
-    def move_sink(self, by: Rotation) -> None:
+    def move_sink(self, by: Rotation, kernels: Kernels = TORCH) -> None:
         layers, slots = self.sink_k.shape[:2]
         keys = (self.sink_k.float() * self.sink_scale).flatten(1, 2).transpose(0, 1)
         there = turned(keys.flatten(1, 2), by).unflatten(1, (layers, -1)).transpose(0, 1)

@@ -146,7 +146,7 @@ class StaticPasses:
         static = self.static
         with self._compiling():
             if shape is None:
-                static.store.move_sink(static.sink_turn)
+                static.store.move_sink(static.sink_turn, static.kernels)
             elif isinstance(kind, int):
                 static.step(kind, shape)
             else:

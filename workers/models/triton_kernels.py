@@ -166,6 +166,30 @@ def _qkv_kernel(
     tl.store(k_ptr + there, _turned(k, cos, sin, WIDTH).to(k_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _turn_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    layer_stride,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """A row rotated to where it stands; rows of a layer lie in order, those of the next so far behind them in out."""
+    column, pair = tl.arange(0, WIDTH), tl.arange(0, WIDTH // 2)
+    inside = column < DIM
+    token, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    angle = token * PAIRS + pair % PAIRS
+    cos = tl.load(cos_ptr + angle, mask=pair < DIM // 2, other=0.0)
+    sin = tl.load(sin_ptr + angle, mask=pair < DIM // 2, other=0.0)
+    row = (layer * tl.num_programs(0) + token) * DIM + column
+    x = tl.load(x_ptr + row, mask=inside, other=0.0).to(tl.float32)
+    there = layer * layer_stride + token * DIM + column
+    tl.store(out_ptr + there, _turned(x, cos, sin, WIDTH).to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     _norm(x, None, None, scale, shift, None, out, None, eps)
@@ -241,6 +265,13 @@ def write_qkv(
     return q.unflatten(-1, heads)
 
 
+def turn_sink(sink_k: Tensor, by: Rotation, k: Tensor) -> None:
+    assert sink_k.is_contiguous() and k[0].is_contiguous()
+    tokens, pairs = by.cos.shape
+    row = _row(sink_k[0, 0, 0].numel())
+    _turn_kernel[(tokens, len(sink_k))](sink_k, *by, k, k.stride(0), PAIRS=pairs, **row)
+
+
 def _norm(
     x: Tensor,
     y: Tensor | None,
@@ -287,4 +318,5 @@ TRITON = Kernels(
     linear_gelu,
     rms_norm,
     write_qkv,
+    turn_sink,
 )
