@@ -88,7 +88,8 @@ class FakeCuda:
         self.on_replay()
 
     @contextmanager
-    def graph(self, graph: Tape, pool: int, stream: FakeStream) -> Iterator[None]:
+    def graph(self, graph: Tape, pool: int, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local", "other threads' stages allocate meanwhile"
         self.log.append(("capture", pool))
         with graph:
             yield

@@ -19,8 +19,11 @@ from test_triton_kernels import exact_casts as exact_casts
 from test_vae import decode_all, small_config
 from torch import Tensor
 
+from configs.load import load_config
+from workers.models.checkpoint import load_tiny_vae
 from workers.models.static_conv import Work
 from workers.models.static_vae import StaticVae
+from workers.models.tiny_vae import StaticTinyVae
 from workers.models.triton_vae import TRITON
 from workers.models.vae_kernels import TORCH
 
@@ -119,6 +122,20 @@ def test_the_decoder_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> No
         latents = Drawn(seed)(1, count, 16, 3, 2)
         assert relative_error(frames_of(vae, latents), decode_all(decoder, latents)) <= 1e-5
     assert [tensor.data_ptr() for tensor in vae.buffers()] == places
+
+
+def test_the_tiny_decoder_equals_its_plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU also cuDNN's convolutions that end with ReLU equal those of a CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    made = []
+    for device, kernels in ((DEVICE, TRITON), (torch.device("cpu"), TORCH)):
+        model = load_config("longlive-1.3b", ["model.random_weights=true"]).model
+        model = model.model_copy(update={"decoder": "tiny", "vae_dtype": "float32", "lora": None})
+        vae = StaticTinyVae(load_tiny_vae(model, device), 3, 4, kernels)
+        latents = torch.randn(4, 16, 3, 4, generator=torch.Generator().manual_seed(0)).to(device)
+        made.append([vae.frames(latent, first=index == 0).cpu() for index, latent in enumerate(latents)])
+    for mine, plain in zip(*made, strict=True):
+        assert relative_error(mine, plain) <= 1e-5
 
 
 def test_bfloat16_is_as_near_as_plain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,11 +155,11 @@ def choose_frame_stream(
     """
     size = (config.video.latent_height, config.video.latent_width)
     native = choose_native(config, device, warn)
+    kernels = choose_vae_kernels(config, device, warn)
     decoder: FrameDecoder
     if config.model.decoder == "tiny":
-        decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size)
+        decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size, kernels)
     else:
-        kernels = choose_vae_kernels(config, device, warn)
         dtype = str(vae_dtype(config.model, device)).removeprefix("torch.")
         say(f"{dtype}, what lies between convolutions by {'code compiled here' if native else kernels.name}")
         decoder = StaticVae(load_vae_decoder(config.model, device, "plain"), *size, native, kernels)

@@ -3,6 +3,7 @@
 Knows no model: a function without arguments that always does the same to the same memory.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,10 @@ Recorder = Callable[[Callable[[], None]], Replay]
 
 WARM_UPS = 2
 """Runs before a capture, in which libraries choose and allocate (pytorch.org/docs, CUDA semantics, CUDA graphs)."""
+
+_CAPTURING = threading.Lock()
+"""One capture at a time in a process, as stages may be its threads: what a capture forbids, the start of another does
+(synchronising the device; CUDA programming guide, stream capture, prohibited and unhandled operations)."""
 
 
 def run_directly(function: Callable[[], None]) -> Replay:
@@ -36,13 +41,14 @@ class CudaGraphs:
     def __call__(self, function: Callable[[], None]) -> Replay:
         """Runs the function to warm it up, captures it, and returns the graph's replay."""
         cuda = self._cuda
-        with cuda.device(self._device), torch.inference_mode():
+        with _CAPTURING, cuda.device(self._device), torch.inference_mode():
             self._stream.wait_stream(cuda.current_stream())
             with cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     function()
             cuda.current_stream().wait_stream(self._stream)
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # What other threads' stages allocate meanwhile does not end it.
+            with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 function()
         return graph.replay

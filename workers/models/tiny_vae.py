@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS
+from workers.models.static_vae import phases
+from workers.models.vae_kernels import TORCH, VaeKernels
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,23 +40,13 @@ class MemoryLayer(nn.Module):
             _conv(2 * width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width)
         )
 
-    def forward(self, seen: Tensor) -> Tensor:
-        """[1 + T, C, H, W], the frame before and T more -> [T, C, H, W]."""
-        x = seen[1:]
-        return F.relu(self.conv(torch.cat((x, seen[:-1]), dim=1)) + x)
-
 
 class Growth(nn.Module):
     """Several frames of one."""
 
     def __init__(self, width: int, frames: int) -> None:
         super().__init__()
-        self.frames = frames
         self.conv = nn.Conv2d(width, width * frames, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, C, H, W] -> [T * frames, C, H, W]."""
-        return self.conv(x).unflatten(1, (self.frames, -1)).flatten(0, 1)
 
 
 class TinyVae(nn.Module):
@@ -79,29 +71,68 @@ class TinyVae(nn.Module):
         return self
 
 
+class TinyMemory:
+    """A memory layer over memory that stays.
+
+    Args:
+        frames: that come in at once, of height x width.
+
+    Attributes:
+        past: [1, H, W, C], the frame before.
+    """
+
+    def __init__(self, layer: MemoryLayer, frames: int, height: int, width: int, kernels: VaeKernels) -> None:
+        first, _, self._second, _, self._third = layer.conv
+        channels, like = len(first.weight), first.weight
+        self._kernels, self._bias = kernels, first.bias
+        # The frame before lies first here, in the published weights last.
+        weight = torch.cat(first.weight.chunk(2, dim=1)[::-1], dim=1)
+        self._weight = weight.contiguous(memory_format=torch.channels_last)
+        self.past, self._beside = (
+            torch.zeros(count, height, width, wide, device=like.device, dtype=like.dtype)
+            for count, wide in ((1, channels), (frames, 2 * channels))
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, C, H, W] -> [T, C, H, W]."""
+        self._kernels.lay_beside(x.permute(0, 2, 3, 1), None, None, self.past, self._beside)
+        y = _conv_relu(self._beside.permute(0, 3, 1, 2), self._weight, self._bias)
+        y = _conv_relu(y, self._second.weight, self._second.bias)
+        return _conv_relu(y, self._third.weight, self._third.bias, beside=x)
+
+
 class TinySize:
     """The layers between two doublings of the picture, and what their memories hold.
+
+    Frames grow in number before the picture doubles, not after: a convolution of single pixels does not see the
+    difference. The next convolves before the doubling too, once for each parity of row and column.
 
     Args:
         frames: that come in at once, of height x width.
     """
 
-    def __init__(self, vae: TinyVae, size: int, frames: int, height: int, width: int) -> None:
+    def __init__(self, vae: TinyVae, size: int, frames: int, height: int, width: int, kernels: VaeKernels) -> None:
         place = FIRST + SIZE * size
-        layers = [vae.decoder[str(place + number)] for number in range(SIZE) if number != MEMORIES]
-        *self._memories, self._growth, self._conv = layers
-        like = vae.decoder["1"].weight
-        shape = (MEMORIES, 1 + frames, height, width, WIDTHS[size])
-        self.seen = [seen.permute(0, 3, 1, 2) for seen in torch.zeros(shape, device=like.device, dtype=like.dtype)]
+        *memories, growth, conv = (vae.decoder[str(place + number)] for number in range(SIZE) if number != MEMORIES)
+        self._kernels, self._doubles = kernels, GROWTHS[size] == 2
+        self._memories = [TinyMemory(memory, frames, height, width, kernels) for memory in memories]
+        self._growth, like = growth.conv.weight, conv.weight
+        self._weight = phases(like).to(like.dtype).contiguous(memory_format=torch.channels_last)
+        shape = (frames * GROWTHS[size], 2 * height, 2 * width, len(like))
+        self._out = torch.zeros(shape, device=like.device, dtype=like.dtype)
+        self.past = [memory.past for memory in self._memories]
 
     def __call__(self, x: Tensor, *, only_last: bool) -> Tensor:
         """[T, C, H, W] -> [T * growth, C', 2H, 2W]; of these the last alone if nothing later needs the others."""
-        for memory, seen in zip(self._memories, self.seen, strict=True):
-            seen[1:].copy_(x)
-            x = memory(seen)
-            seen[0].copy_(seen[-1])
-        x = self._growth(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self._conv(x[-1:] if only_last else x)
+        for memory in self._memories:
+            x = memory(x)
+        x = F.conv2d(x, self._growth).permute(0, 2, 3, 1)
+        if self._doubles:
+            x = self._kernels.split(x, None)
+        if only_last:
+            x = x[-1:]
+        made = F.conv2d(x.permute(0, 3, 1, 2), self._weight, padding=1).permute(0, 2, 3, 1)
+        return self._kernels.spread(made, None, self._out[: len(x)]).permute(0, 3, 1, 2)
 
 
 class StaticTinyVae:
@@ -110,20 +141,21 @@ class StaticTinyVae:
     Args:
         vae: the weights, where they stay.
         height, width: of a latent frame.
+        kernels: what computes the operations between convolutions.
     """
 
-    def __init__(self, vae: TinyVae, height: int, width: int) -> None:
+    def __init__(self, vae: TinyVae, height: int, width: int, kernels: VaeKernels = TORCH) -> None:
         self._dtype = vae.decoder["1"].weight.dtype
         self._begin, self._end = vae.decoder["1"], vae.decoder["22"]
         self._sizes: list[TinySize] = []
         frames = 1
         for size, growth in enumerate(GROWTHS):
-            self._sizes.append(TinySize(vae, size, frames, height << size, width << size))
+            self._sizes.append(TinySize(vae, size, frames, height << size, width << size, kernels))
             frames *= growth
 
     def buffers(self) -> list[Tensor]:
         """All memory that carries a stream from one latent frame to the next."""
-        return [seen for size in self._sizes for seen in size.seen]
+        return [past for size in self._sizes for past in size.past]
 
     def frames(self, latent: Tensor, *, first: bool) -> Tensor:
         """The frames of a stream's next latent frame.
@@ -136,10 +168,11 @@ class StaticTinyVae:
             [F, 3, 8h, 8w] float32 in -1 to 1; F is 1 for the first latent frame, else 4.
         """
         if first:
-            for seen in self.buffers():
-                seen[0].zero_()
+            for past in self.buffers():
+                past.zero_()
         bent = torch.tanh(latent.float() / BOUND) * BOUND
-        x = F.relu(self._begin(bent[None].to(self._dtype, memory_format=torch.channels_last)))
+        begin = self._begin
+        x = _conv_relu(bent[None].to(self._dtype, memory_format=torch.channels_last), begin.weight, begin.bias)
         for size in self._sizes:
             x = size(x, only_last=first and size is self._sizes[-1])
         return self._end(F.relu(x)).float().clamp(0, 1).mul(2).sub(1)
@@ -158,6 +191,17 @@ def tiny_encoder_shapes() -> Shapes:
             shapes |= {f"encoder.{layer}.conv.{number}.weight": square for number in (2, 4)}
             shapes |= {f"encoder.{layer}.conv.{number}.bias": (width,) for number in (0, 2, 4)}
     return shapes | {"encoder.17.weight": (LATENT_CHANNELS, width, 3, 3), "encoder.17.bias": (LATENT_CHANNELS,)}
+
+
+def _conv_relu(x: Tensor, weight: Tensor, bias: Tensor, beside: Tensor | None = None) -> Tensor:
+    """ReLU of a 3x3 convolution of x [T, C, H, W], of its sum with `beside` if given; on a GPU one kernel of cuDNN."""
+    if x.is_cuda:
+        shape = ((1, 1), (1, 1), (1, 1), 1)  # stride, padding, dilation, groups
+        if beside is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *shape)
+        return torch.cudnn_convolution_add_relu(x, weight, beside, 1.0, bias, *shape)
+    y = F.conv2d(x, weight, bias, padding=1)
+    return F.relu(y if beside is None else y + beside)
 
 
 def _conv(width_in: int, width_out: int, *, bias: bool = True) -> nn.Conv2d:
