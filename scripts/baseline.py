@@ -5,7 +5,7 @@ with clones, with `rope: relative` all its keys rotated anew in every pass, the 
 modulations computed in every pass, the VAE by `conv3d`. It is held to the same reference tensors as the runtime.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from configs.schema import PATCH, ModelConfig, StreamConfig, VideoConfig
 from workers.models.checkpoint import load_adapter, load_transformer
 from workers.models.kv_cache import CachePlan
-from workers.models.lora import add_lora
+from workers.models.lora import PREFIX, add_lora, lora_shapes
 from workers.models.noise import NoiseSource
+from workers.models.random_weights import draw
 from workers.models.rope import Rotation, rotate, rotation
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer
@@ -23,10 +24,25 @@ from workers.models.transformer import CausalWanTransformer
 def load_baseline(model: ModelConfig, device: torch.device) -> CausalWanTransformer:
     """The transformer with its LoRA, where there is one, beside its weights. Raises CheckpointError."""
     transformer = load_transformer(model.model_copy(update={"lora": None}), device)
-    if model.lora is not None and model.path is not None:
-        for layer, adapter in zip(transformer.blocks, load_adapter(model, transformer), strict=True):
+    if model.lora is not None:
+        adapters = _drawn(model, transformer) if model.path is None else load_adapter(model, transformer)
+        for layer, adapter in zip(transformer.blocks, adapters, strict=True):
             add_lora(layer, model.lora, {name: tensor.to(transformer.dtype) for name, tensor in adapter.items()})
     return transformer.eval().requires_grad_(False)
+
+
+def _drawn(model: ModelConfig, transformer: CausalWanTransformer) -> Iterator[dict[str, Tensor]]:
+    """An adapter for random weights, whose cost does not depend on its values; too small for them to show."""
+    assert model.lora is not None
+    shapes = lora_shapes(transformer, model.lora.rank)
+    for index in range(len(transformer.blocks)):
+        stem = f"{PREFIX}blocks.{index}."
+        own = {name: shape for name, shape in shapes.items() if name.startswith(stem)}
+        yield {
+            name.removeprefix(stem): draw(name, torch.Size(shape), model.random_weights_seed).to(transformer.device)
+            / 1e3
+            for name, shape in own.items()
+        }
 
 
 class RolledCache:

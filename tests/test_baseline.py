@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from stream_case import CPU, SMALL, embeds, oracle, play, tiny_transformer
 from test_vae import config_of, with_golden_weights
 
+from configs.load import load_config
 from configs.schema import RuntimeConfig, StreamConfig
 from workers.models.denoise import Rollout
 from workers.models.noise import DrawnNoise
@@ -30,6 +31,23 @@ def test_stream_equals_the_reference(path: Path, tmp_path: Path) -> None:
     assert len(beside) == (10 * len(model.blocks) if config.model.lora else 0)
     rollout = Rollout(model, config.stream, config.video, passes=BaselinePasses(model, config.stream, config.video))
     assert relative_error(play(case, rollout), case.tensors["latents"]) <= 1e-4
+
+
+def test_random_weights_have_their_lora_beside_them() -> None:
+    """So that the cost is that of published files; too small to show in a stream."""
+    config = load_config("pocket", ["model.path=null", "model.random_weights=true"])
+    with_lora, without = (
+        load_baseline(config.model.model_copy(update={"lora": lora}), CPU) for lora in (config.model.lora, None)
+    )
+    assert sum(isinstance(module, LoraLayer) for module in with_lora.modules()) == 10 * len(with_lora.blocks)
+    made = []
+    for model in (with_lora, without):
+        passes = BaselinePasses(model, config.stream, config.video)
+        rollout = Rollout(model, config.stream, config.video, passes=passes)
+        rollout.switch(torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(0)))
+        made.append(rollout.denoise_block(DrawnNoise(0, rollout.shape)))
+    assert not torch.equal(*made)
+    assert relative_error(*made) <= 1e-2
 
 
 @pytest.mark.parametrize("rope", ["absolute", "relative"])

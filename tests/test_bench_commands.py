@@ -196,6 +196,11 @@ def test_reference_sets_the_straightforward_pipeline_beside_the_runtime(measure:
     assert comparison.ratios.keys() == {"block", "denoiser", "vae_decoder"}
 
 
+def test_reference_takes_several_presets(measure: Measure) -> None:
+    (comparison,) = measure("reference", "quality", "balanced", "--rounds", "1", "--blocks", "3").comparisons
+    assert [side.name for side in comparison.sides] == ["straightforward", "quality", "balanced"]
+
+
 def test_roofline_counts_what_is_dispatched(measure: Measure) -> None:
     found = measure("roofline", "--repeats", "1").roofline
     assert {part.stage for part in found.parts} == {"denoiser", "vae_decoder"}

@@ -158,6 +158,10 @@ def ablate(
 
 @app.command()
 def reference(
+    sides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="A B ...", help="Presets of the runtime, changes behind; else what --preset says."),
+    ] = None,
     config: ConfigOption = "pocket",
     preset: PresetOption = None,
     overrides: SetOption = None,
@@ -170,7 +174,7 @@ def reference(
     """The same work by the straightforward pipeline and by the runtime, in turn: how many times as fast it is."""
     sizes = {"rounds": rounds, "round_blocks": blocks, "straightforward_blocks": blocks}
     bench = _bench("reference", config, preset, overrides, quick, out, seed, **sizes)
-    _run(bench, bench.reference())
+    _run(bench, bench.reference(sides or ()))
 
 
 @app.command()

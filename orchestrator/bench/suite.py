@@ -146,9 +146,9 @@ class Bench:
         """One optimisation off at a time from the subject, on at a time from `reference`; windows and precisions."""
         yield from self._compared([self._ablation(kind) for kind in kinds])
 
-    def reference(self) -> Iterator[Parts]:
-        """The straightforward pipeline and the runtime in turn."""
-        yield from self._compared([self._reference()])
+    def reference(self, sides: Sequence[str] = ()) -> Iterator[Parts]:
+        """The straightforward pipeline and the runtime in turn, under each of some presets if given."""
+        yield from self._compared([self._reference(sides)])
 
     def roofline(self) -> Iterator[Parts]:
         """The stages under the device's ceilings."""
@@ -239,10 +239,11 @@ class Bench:
             sides = [(base, self.subject), *geometry_ablations(self.subject)]
         return self._contest(title, sides, self.sizes.ablation_rounds)
 
-    def _reference(self) -> Contest:
+    def _reference(self, names: Sequence[str] = ()) -> Contest:
+        subjects = {name: named_subject(name, self.subject) for name in names} or {"runtime": self.subject}
         sides = [
             straightforward(self.subject, self.sizes.straightforward_blocks),
-            contender("runtime", self.subject, self.sizes.round_blocks),
+            *(contender(name, subject, self.sizes.round_blocks) for name, subject in subjects.items()),
         ]
         return Contest(f"{STRAIGHTFORWARD.capitalize()} and runtime", sides, self.sizes.rounds)
 
