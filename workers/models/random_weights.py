@@ -19,15 +19,17 @@ GAIN = {"text_embedding.2.weight": 18.0, "decoder.head.2.weight": 0.8, "modulati
 prompt shall show although its few tokens are seen among hundreds of empty positions."""
 
 
-def draw(name: str, shape: torch.Size, seed: int) -> Tensor:
+def draw(name: str, shape: torch.Size, seed: int, device: torch.device | None = None) -> Tensor:
     """A tensor's values, float32 on the CPU: norms near one, biases near zero, all else scaled by fan-in.
+
+    Those drawn on another device are others, of the same distribution.
 
     A convolution's weights sum to nothing over its inputs: else what all channels have in common, which SiLU keeps
     positive, would grow from layer to layer and tint every picture alike.
     """
     digest = hashlib.sha256(f"weights {seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    values = torch.randn(shape, generator=generator)
+    generator = torch.Generator(device or "cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values = torch.randn(shape, generator=generator, device=device)
     if name.endswith("gamma") or (len(shape) == 1 and name.endswith("weight")):
         return values.mul_(0.1).add_(1.0)
     if len(shape) == 1:
