@@ -2,9 +2,11 @@
 
 The memory is the ring's own, taken from the driver and not from torch's allocator, so that no weight or cache is ever
 exposed. A consumer compares the announcement with its own configuration before anything is mapped. Knows slots and
-bytes, not when they are full: the header and the completion of the copy say that.
+bytes, not when they are full: the header and the completion of the copy say that. `scripts/gpu/probe_cuda_ipc.py` asks
+a real driver what is assumed here.
 """
 
+import ctypes
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -18,8 +20,19 @@ from ipc.tensor_ring import Slots, TensorSpec
 
 ALIGNMENT = 512
 """Bytes; what cudaMalloc aligns to, so that every slot is aligned like an allocation."""
+SHARED_UNIT = 2 << 20
+"""Bytes; less than a multiple of this may be cut from a block that an export shares whole (CUDA programming guide)."""
+HANDLE_NBYTES = 64
+"""CUDA_IPC_HANDLE_SIZE (CUDA runtime API)."""
 LAZY_PEER_ACCESS = 1
 """cudaIpcMemLazyEnablePeerAccess, the only flag cudaIpcOpenMemHandle knows (CUDA runtime API)."""
+
+
+INSTEAD = "set rings.latents_memory=host to pass latents through host memory"
+
+
+class DriverError(RingError):
+    """A call of the driver failed: which, and how."""
 
 
 class NoPeerAccess(RingError):
@@ -27,7 +40,7 @@ class NoPeerAccess(RingError):
 
 
 class CudaDriver(Protocol):
-    """What is needed of CUDA; pointers are plain numbers."""
+    """What is needed of CUDA; pointers are plain numbers. What acts on memory raises DriverError."""
 
     def uuid(self, device: torch.device) -> str:
         """A GPU's identity, the same in every process whatever its ordinal there is."""
@@ -58,7 +71,7 @@ class CudaDriver(Protocol):
 
 @dataclass(frozen=True)
 class _Layout:
-    """Slots one after another, each aligned."""
+    """Slots one after another, each aligned, in memory that shares its unit with nothing else."""
 
     slots: int
     spec: TensorSpec
@@ -69,7 +82,7 @@ class _Layout:
 
     @property
     def nbytes(self) -> int:
-        return self.slots * self.stride
+        return -(-self.slots * self.stride // SHARED_UNIT) * SHARED_UNIT
 
 
 class _MappedSlots:
@@ -91,6 +104,9 @@ class CudaRingExporter:
     Args:
         device: where it lies.
         epoch: of the ring's header when this producer began.
+
+    Raises:
+        RingError: there is not that much memory, or the driver does not share it.
     """
 
     def __init__(
@@ -100,12 +116,16 @@ class CudaRingExporter:
         layout = _Layout(slots, spec)
         self._pointer: int | None = driver.allocate(layout.nbytes, device)
         self.slots: Slots = _MappedSlots(driver, self._pointer, layout, device)
+        try:
+            handle = driver.export(self._pointer, device)
+        except DriverError as error:
+            raise RingError(f"ring {ring}: {device} does not share its memory ({error}); {INSTEAD}") from error
         self._message = RingExported(
             ring=ring,
             epoch=epoch,
             pid=pid,
             device_uuid=driver.uuid(device),
-            handle=driver.export(self._pointer, device),
+            handle=handle,
             slots=slots,
             slot_nbytes=spec.nbytes,
             total_nbytes=layout.nbytes,
@@ -118,7 +138,7 @@ class CudaRingExporter:
         return self._message
 
     def close(self) -> None:
-        """Frees the memory. Consumers must have closed it; where they died, the driver has."""
+        """Frees the memory. Only when its consumer has closed it or died: under a mapping, freeing is undefined."""
         if self._pointer is not None:
             self.slots.close()
             self._driver.free(self._pointer, self._device)
@@ -148,23 +168,30 @@ class CudaRingImporter:
     def receive(self, message: RingExported, current_epoch: int) -> None:
         """Maps an announced ring in place of the older epoch's; what was announced before is not opened again.
 
+        An announcement of an older epoch is dropped: its producer died while it was on its way, or while this consumer
+        was not there, and its successor will announce its own.
+
         Args:
             current_epoch: of the ring's header.
 
         Raises:
-            RingError: the announcement does not fit; nothing was mapped.
+            RingError: the announcement does not fit, and nothing was mapped; or the driver does not open it.
             NoPeerAccess: it lies on a GPU that this one cannot reach.
         """
-        if message.epoch < current_epoch or message.epoch < self.epoch:
-            raise RingError(
-                f"ring {self._ring}: found epoch {message.epoch}, expected {max(current_epoch, self.epoch)}"
-            )
-        if message.epoch == self.epoch:
+        if message.epoch < current_epoch or message.epoch == self.epoch:
             return
+        if message.epoch > current_epoch:
+            raise RingError(f"ring {self._ring}: found epoch {message.epoch}, expected {current_epoch}")
         self._check(message)
         self._check_device(message)
         self.close()
-        self._pointer = self._driver.open(message.handle, self._device)
+        try:
+            self._pointer = self._driver.open(message.handle, self._device)
+        except DriverError as error:
+            raise RingError(
+                f"ring {self._ring}: memory of process {message.pid} was not opened ({error}); if that process lives,"
+                f" {INSTEAD}"
+            ) from error
         self._slots = _MappedSlots(self._driver, self._pointer, self._layout, self._device)
         self.epoch = message.epoch
 
@@ -176,10 +203,11 @@ class CudaRingImporter:
 
     def close(self) -> None:
         """Unmaps."""
-        if self._pointer is not None and self._slots is not None:
+        if self._slots is not None:
             self._slots.close()
-            self._driver.close(self._pointer, self._device)
-            self._pointer = self._slots = None
+        pointer, self._pointer, self._slots = self._pointer, None, None
+        if pointer is not None:
+            self._driver.close(pointer, self._device)
 
     def _check(self, message: RingExported) -> None:
         layout = self._layout
@@ -205,10 +233,7 @@ class CudaRingImporter:
                 " sees; check CUDA_VISIBLE_DEVICES"
             )
         if theirs != self._device and not self._driver.can_access(self._device, theirs):
-            raise NoPeerAccess(
-                f"ring {self._ring}: {self._device} cannot reach the memory of {theirs}; set"
-                " rings.latents_memory=host to pass latents through host memory"
-            )
+            raise NoPeerAccess(f"ring {self._ring}: {self._device} cannot reach the memory of {theirs}; {INSTEAD}")
 
 
 class RealDriver:
@@ -245,11 +270,15 @@ class RealDriver:
 
     def export(self, pointer: int, device: torch.device) -> bytes:
         with torch.cuda.device(device):
-            return bytes(self._call("cudaIpcGetMemHandle", pointer).reserved)
+            handle = self._call("cudaIpcGetMemHandle", pointer)
+        return ctypes.string_at(handle.getPtr(), HANDLE_NBYTES)
 
     def open(self, handle: bytes, device: torch.device) -> int:
+        if len(handle) != HANDLE_NBYTES:
+            raise DriverError(f"handle of {len(handle)} bytes, expected {HANDLE_NBYTES}")
+        # By address: cuda-bindings 13.0 names the handle's bytes, 13.5 does not.
         wrapped = self._runtime.cudaIpcMemHandle_t()
-        wrapped.reserved = handle
+        ctypes.memmove(wrapped.getPtr(), handle, HANDLE_NBYTES)
         with torch.cuda.device(device):
             return int(self._call("cudaIpcOpenMemHandle", wrapped, LAZY_PEER_ACCESS))
 
@@ -258,12 +287,16 @@ class RealDriver:
             self._call("cudaIpcCloseMemHandle", pointer)
 
     def tensor(self, pointer: int, spec: TensorSpec, device: torch.device) -> Tensor:
-        return torch.as_tensor(_DeviceArray(pointer, spec), device=device)
+        view = torch.as_tensor(_DeviceArray(pointer, spec), device=device)
+        # torch copies what it takes for another device's; a copy would never see what the producer writes.
+        if view.data_ptr() != pointer:
+            raise DriverError(f"torch copied memory of another GPU to {device} instead of wrapping it")
+        return view
 
     def _call(self, name: str, *arguments: object) -> Any:
         code, *results = getattr(self._runtime, name)(*arguments)
         if int(code) != 0:
-            raise RingError(f"{name} failed: {code}")
+            raise DriverError(f"{name} failed: {getattr(code, 'name', code)}")
         return results[0] if results else None
 
 

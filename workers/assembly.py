@@ -208,7 +208,7 @@ class Assembly:
             spec=spec,
             pid=os.getpid(),
         )
-        self._stack.callback(exporter.close)
+        # Not freed: what that does under the decoder's mapping is undefined. It goes with this process and the mapping.
         to_daemon(exporter.message())
         return exporter.slots
 

@@ -16,7 +16,7 @@ import zmq
 
 from configs.schema import RuntimeConfig, StageName
 from ipc.channel import Inbox, Outbox, endpoint
-from ipc.errors import LongLiveError, UserError
+from ipc.errors import LongLiveError, RingError, UserError
 from ipc.messages import TO_STAGE, Heartbeat, Loading, Ready, StageFailed
 from ipc.processes import own_resident_bytes
 from workers.assembly import Assembly
@@ -101,9 +101,17 @@ class Worker:
             thread.join()
         self._stopped.set()
         alive.join()
-        assembly.close()
+        self._close(assembly)
         self._context.destroy()  # returns when last words have left, or their time is over
         return max(self._codes)
+
+    def _close(self, assembly: Assembly) -> None:
+        """After a CUDA error memory can be neither unmapped nor unlocked; this process's end does that."""
+        try:
+            assembly.close()
+        except (RingError, RuntimeError):  # the driver's, torch's
+            log.exception("%s did not close all its memory", self._spec.name)
+            self._codes.append(1)
 
     def _run_stage(self, assembly: Assembly, running: Running) -> None:
         daemon = Outbox(self._context, endpoint(self._spec.directory, "daemon"))
