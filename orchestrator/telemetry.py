@@ -86,7 +86,7 @@ class Telemetry:
             case Heartbeat():
                 record = self._record(message.stage)
                 record.memory_bytes, record.device_memory_bytes = message.memory_bytes, message.device_memory_bytes
-                if record.state != "starting":
+                if record.state not in {"starting", "restarting"}:  # it beats while it loads, too
                     record.state = "busy" if message.busy else "idle"
             case BlockDone():
                 self._record(message.stage).block_ms.append((message.ended_ns - message.began_ns) / 1e6)

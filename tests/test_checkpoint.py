@@ -32,6 +32,7 @@ from tiny_files import (
 from configs.load import load_config
 from configs.schema import LoraConfig, RuntimeConfig
 from ipc.errors import CheckpointError, ConfigError
+from workers.models import random_weights
 from workers.models.checkpoint import (
     check_files,
     load_text_encoder,
@@ -200,6 +201,39 @@ def test_random_weights_differ_by_seed_and_leave_the_global_generator_alone() ->
     one, other = weights(tiny_model()), weights(tiny_model(random_weights_seed=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_large_random_matrix_takes_few_draws_and_no_row_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UMT5-XXL's 5.7 billion numbers would be minutes of one core; what is drawn fits the matrix's fan-in all the same.
+
+    In the dtype asked for it is the rounded float32 one, as a worker on another device would have it.
+    """
+    drawn: list[int] = []
+    randn = torch.randn
+
+    def counted(shape: torch.Size, **more: object) -> torch.Tensor:
+        drawn.append(shape.numel())
+        return randn(shape, **more)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    shape = torch.Size((1536, 4096))
+    large = random_weights.draw("ffn.weight", shape, 0)
+    assert sum(drawn) <= random_weights.DISTINCT < shape.numel() / 5
+    assert large.shape == shape
+    assert large.std().item() == pytest.approx(4096**-0.5, rel=0.01)
+    assert len(torch.unique(large, dim=0)) == 1536
+    assert torch.equal(random_weights.draw("ffn.weight", shape, 0, CPU, torch.bfloat16), large.bfloat16())
+    assert not torch.equal(random_weights.draw("ffn.weight", shape, 1), large)
+    assert not torch.equal(random_weights.draw("other.weight", shape, 0), large)
+    assert random_weights.draw("text_embedding.2.weight", shape, 0).std() > 17 * large.std()
+
+
+def test_the_text_encoder_with_random_weights_is_held_once_in_its_dtype() -> None:
+    """The token embeddings too, which are by far the largest: one tensor, bfloat16, where the encoder is."""
+    encoder = load_text_encoder(tiny_model(text_dtype="bfloat16"), CPU)
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.bfloat16}
+    assert {parameter.device for parameter in encoder.parameters()} == {CPU}
+    assert encoder.model.encoder.embed_tokens.weight is encoder.model.shared.weight
 
 
 @torch.inference_mode()

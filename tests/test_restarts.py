@@ -1,6 +1,9 @@
 """Restarts come with a growing pause and end when they do not help."""
 
+from configs.load import load_config
+from ipc.messages import Heartbeat, Ready
 from orchestrator.restarts import LONGEST_PAUSE_S, MOST_FAILURES, WITHIN_S, RestartBudget
+from orchestrator.telemetry import Telemetry
 
 S = 1_000_000_000
 
@@ -33,3 +36,16 @@ def test_a_restart_is_due_once_after_its_pause() -> None:
     assert budget.due(1000 + pause - 1) == []
     assert budget.due(1000 + pause) == ["vae"]
     assert budget.due(1000 + pause) == []
+
+
+def test_a_stage_that_is_started_again_is_not_called_idle_before_it_is_ready() -> None:
+    """Its process beats while it loads: who waits for it by its state would go on minutes too soon."""
+    telemetry = Telemetry(load_config("pocket"), 0)
+    stage = telemetry.stages["denoiser"]
+    beat = Heartbeat(stage="denoiser", progress=0, busy=False, memory_bytes=1, device_memory_bytes=0)
+    stage.state = "restarting"
+    telemetry.note(beat)
+    assert stage.state == "restarting"
+    telemetry.note(Ready(stage="denoiser", device="cpu", block_ms=None))
+    telemetry.note(beat)
+    assert stage.state == "idle"

@@ -15,6 +15,7 @@ from pathlib import Path
 from configs.load import load_config
 from configs.schema import RuntimeConfig
 from ipc.errors import LongLiveError, NotRunning
+from ipc.messages import Stopped
 from orchestrator.bench.recording import Listener, Recording
 from orchestrator.checkout import with_sources
 from orchestrator.client import Client
@@ -57,13 +58,25 @@ class LiveRun:
     Attributes:
         client: for the thread that started it.
         recording: filled by a thread of its own until the daemon ends.
+        pid: the daemon's.
+        stopped: what it answered to being stopped.
     """
 
-    def __init__(self, client: Client, listener: Listener, daemon: "subprocess.Popen[bytes]", errors: Path) -> None:
+    def __init__(
+        self,
+        client: Client,
+        listener: Listener,
+        daemon: "subprocess.Popen[bytes]",
+        errors: Path,
+        may_restart: bool,
+    ) -> None:
         self.client = client
         self.recording = listener.recording
+        self.pid = daemon.pid
+        self.stopped: Stopped | None = None
         self._listener = listener
         self._daemon = daemon
+        self._may_restart = may_restart
         self._errors = errors
 
     @property
@@ -88,7 +101,7 @@ class LiveRun:
         """Ends the run where it does not end by itself. Raises LongLiveError: it failed, or not in time."""
         if self._daemon.poll() is None and self._listener.is_alive():
             try:
-                self.client.stop(END_S)
+                self.stopped = self.client.stop(END_S)
             except NotRunning:
                 pass  # it was about to end
             except TimeoutError as error:
@@ -97,7 +110,7 @@ class LiveRun:
         code = self._code()
         if code != 0:
             raise LongLiveError(f"the run ended with code {code}: {_tail(self._errors)}")
-        if self.recording.breaks:
+        if self.recording.breaks and not self._may_restart:
             raise LongLiveError(f"a worker was started again: {one_line(self.recording.breaks[0])}")
 
     def _wait(self, what: str, done: Callable[[], bool]) -> None:
@@ -122,19 +135,28 @@ class LiveRun:
 
 
 @contextmanager
-def running(subject: Subject, *, blocks: int | None = None, settings: Sequence[str] = ()) -> Iterator[LiveRun]:
-    """Starts the runtime on no output; what it leaves behind ends with it.
+def running(
+    subject: Subject,
+    *,
+    blocks: int | None = None,
+    settings: Sequence[str] = (),
+    out: str = "null:",
+    may_restart: bool = False,
+) -> Iterator[LiveRun]:
+    """Starts the runtime; what it leaves behind ends with it.
 
     Args:
         blocks: how many it makes; None until it is stopped.
         settings: changes beside the subject's own.
+        out: where its frames go.
+        may_restart: for who ends workers on purpose; else a run in which one was started again counts as failed.
 
     Raises:
         LongLiveError: it did not start, ended with an error, or a worker was started again.
     """
     with tempfile.TemporaryDirectory(prefix="longlive-bench-") as folder:
         directory, errors = Path(folder) / "run", Path(folder) / "errors"
-        command = _command(subject, blocks, settings)
+        command = _command(subject, blocks, settings, out)
         with errors.open("w", encoding="utf-8") as log:
             listener = Listener(directory, Recording(spawned_ns=time.monotonic_ns()), QUIET_S + END_S)
             daemon = subprocess.Popen(
@@ -144,7 +166,7 @@ def running(subject: Subject, *, blocks: int | None = None, settings: Sequence[s
             with _connected(directory, daemon, errors) as client:
                 listener.recording.answered_ns = time.monotonic_ns()
                 listener.start()
-                run = LiveRun(client, listener, daemon, errors)
+                run = LiveRun(client, listener, daemon, errors, may_restart)
                 yield run
                 run.stop()
         finally:
@@ -167,8 +189,8 @@ def record(subject: Subject, blocks: int, settings: Sequence[str] = ()) -> Recor
     return recording
 
 
-def _command(subject: Subject, blocks: int | None, settings: Sequence[str]) -> list[str]:
-    command = [*subject.program, "start", "--config", subject.config, "--out", "null:"]
+def _command(subject: Subject, blocks: int | None, settings: Sequence[str], out: str) -> list[str]:
+    command = [*subject.program, "start", "--config", subject.config, "--out", out]
     if blocks is not None:
         config = load_config(subject.config, (*subject.overrides, *settings))
         command += ["--seconds", repr(config.stream.first_frame(blocks) / config.video.fps)]

@@ -53,7 +53,7 @@ def measure_switches(subject: Subject, recache: str, cut: str, switches: int, pa
     with running(subject, settings=settings) as run:
         run.wait_for_block(config.stream.window_blocks)
         for prompt, text in texts(switches):
-            on_air = _switch(run, text)
+            on_air = switch(run, text)
             sent[on_air.version], shown_block = prompt, on_air.block
             time.sleep(draw.uniform(0, block_s))
         run.wait_for_block(shown_block)
@@ -61,6 +61,18 @@ def measure_switches(subject: Subject, recache: str, cut: str, switches: int, pa
     if len(samples) < len(sent):
         raise LongLiveError(f"{len(sent) - len(samples)} of {len(sent)} switches were not told in full")
     return switch_case(recache, cut, samples, block_rows(run.recording))
+
+
+def switch(run: LiveRun, text: str) -> OnAir:
+    """Sends a prompt and waits until it is on air. Raises LongLiveError."""
+    handle = run.client.prompt(text)
+    try:
+        answer = handle.result(TIMEOUT_S)
+        if not isinstance(answer, Applied):
+            raise LongLiveError(f"prompt {text!r}: expected applied, found {answer.type}")
+        return handle.on_air(TIMEOUT_S)
+    except TimeoutError as error:
+        raise LongLiveError(f"prompt {text!r}: not applied or not on air within {TIMEOUT_S:g} s") from error
 
 
 def texts(switches: int) -> Iterator[tuple[int, str]]:
@@ -117,15 +129,3 @@ def _sample(recording: Recording, prompt: int, version: int, decoded: BlockTimes
         ms=on_air.ms,
         parts=dict(zip(PARTS, parts, strict=True)),
     )
-
-
-def _switch(run: LiveRun, text: str) -> OnAir:
-    """Sends a prompt and waits until it is on air. Raises LongLiveError."""
-    handle = run.client.prompt(text)
-    try:
-        answer = handle.result(TIMEOUT_S)
-        if not isinstance(answer, Applied):
-            raise LongLiveError(f"prompt {text!r}: expected applied, found {answer.type}")
-        return handle.on_air(TIMEOUT_S)
-    except TimeoutError as error:
-        raise LongLiveError(f"prompt {text!r}: not applied or not on air within {TIMEOUT_S:g} s") from error

@@ -299,6 +299,8 @@ def _layer_adapter(adapter: TensorFile, prefix: str, device: torch.device) -> di
 
 def _placed(file: TensorFile, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A tensor of a file where it shall be. Raises CheckpointError if it is not finite there."""
+    if isinstance(file, DrawnTensors):
+        return _finite(file.place(name, device, dtype), file, name)
     return _finite(file.read(name).to(device, dtype, copy=True), file, name)
 
 
