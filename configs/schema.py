@@ -20,6 +20,8 @@ KVKind = Literal["model", "int8", "fp8"]
 """How the fast path keeps keys and values: in `model.dtype`, or in 8 bits with a scale for each token and head."""
 LinearKind = Literal["model", "fp8"]
 """How the fast path multiplies: in `model.dtype`, or e4m3 by e4m3 with a scale for each token and output channel."""
+AttendKind = Literal["model", "fp8"]
+"""In what the fast path's self-attention takes queries, keys and values: `model.dtype`, or e4m3 without scales."""
 AttentionKind = Literal["auto", "cudnn", "flash", "flash3", "flash4", "sdpa", "math"]
 """What computes attention; `auto` is the fastest that is installed and right on a GPU, `sdpa` on a CPU."""
 KernelsKind = Literal["auto", "torch", "triton"]
@@ -357,11 +359,12 @@ class ExecutionConfig(Part):
     """How the networks are computed; unless it says otherwise, what they compute is the same.
 
     `denoiser: plain` is the definition, `static` the fast path; `graphs` replays the fast path as CUDA graphs; `kv`
-    keeps its keys and values in 8 bits and `linears: fp8` multiplies in 8 bits, which is not exact. `fp8_keep` names
-    linears that stay in `model.dtype`, as patterns such as `blocks.*.ffn.2` or `blocks.0.*`. `audit` is for finding
-    bugs: it ends the denoiser when a pass of the fast path reads a value back or keeps memory. `kernels` says what
-    computes its small operations, and on a GPU the VAE decoder's; `compile` has torch.compile make what lies between
-    its attentions.
+    keeps its keys and values in 8 bits, `linears: fp8` multiplies in 8 bits and `attend: fp8` takes queries, keys and
+    values of self-attention in 8 bits, which is not exact. `fp8_keep` names linears that stay in `model.dtype`, as
+    patterns such as `blocks.*.ffn.2` or `blocks.0.*`. `attend: fp8` keeps keys and values as they are attended, so `kv`
+    has to be `model`; a block that sees itself alone is attended in `model.dtype`. `audit` is for finding bugs: it ends
+    the denoiser when a pass of the fast path reads a value back or keeps memory. `kernels` says what computes its small
+    operations, and on a GPU the VAE decoder's; `compile` has torch.compile make what lies between its attentions.
     `native` compiles the VAE decoder's small operations at start, where it decodes in one thread of a CPU with AVX-512
     and there is a compiler.
     """
@@ -372,6 +375,7 @@ class ExecutionConfig(Part):
     kv: KVKind = "model"
     linears: LinearKind = "model"
     fp8_keep: tuple[str, ...] = ()
+    attend: AttendKind = "model"
     kernels: KernelsKind = "auto"
     compile: bool = False
     audit: bool = False
@@ -381,6 +385,7 @@ class ExecutionConfig(Part):
         fast = {
             f"kv: {self.kv}": self.kv != "model",
             f"linears: {self.linears}": self.linears != "model",
+            f"attend: {self.attend}": self.attend != "model",
             "kernels: triton": self.kernels == "triton",
             "compile: true": self.compile,
             "audit: true": self.audit,
@@ -390,6 +395,10 @@ class ExecutionConfig(Part):
             raise ValueError(f"{wanted[0]} needs denoiser: static, found denoiser: plain")
         if self.fp8_keep and self.linears != "fp8":
             raise ValueError(f"fp8_keep needs linears: fp8, found linears: {self.linears}")
+        if self.attend == "fp8" and self.kv != "model":
+            raise ValueError(
+                f"attend: fp8 needs kv: model, found kv: {self.kv}; it keeps keys and values in 8 bits itself"
+            )
         return self
 
 

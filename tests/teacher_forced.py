@@ -8,8 +8,7 @@ from golden_cases import Case, relative_error
 from stream_case import SMALL, case_rollout
 
 from configs.schema import StreamConfig, VideoConfig
-from workers.models.kernels import quantised
-from workers.models.kv_store import KVStore, QuantisedKVStore
+from workers.models.kv_store import KVStore
 from workers.models.noise import GivenNoise
 from workers.models.static_passes import StaticPasses
 from workers.models.transformer import CausalWanTransformer
@@ -19,18 +18,8 @@ MakePasses = Callable[[CausalWanTransformer, StreamConfig, VideoConfig], StaticP
 
 def take_over(mine: KVStore, exact: KVStore) -> None:
     """The same context, in 8 bits where `mine` is."""
-    if not isinstance(mine, QuantisedKVStore):
-        for tensor, values in zip(mine.buffers(), exact.buffers(), strict=True):
-            tensor.copy_(values)
-        return
-    for codes, scales, values in (
-        (mine.k, mine.k_scale, exact.k),
-        (mine.v, mine.v_scale, exact.v),
-        (mine.sink_k, mine.sink_scale, exact.sink_k),
-    ):
-        made = quantised(values, codes.dtype)
-        codes.copy_(made.codes)
-        scales.copy_(made.scale)
+    for part, values in zip(mine.layers, exact.layers, strict=True):
+        part.fill(*values.read())
 
 
 def worst_error(case: Case, folder: Path, make: MakePasses) -> float:

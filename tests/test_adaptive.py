@@ -48,6 +48,7 @@ def test_a_run_with_a_target_begins_with_the_best_listed_preset(config: str, tar
     assert list(at) == ["quality", "balanced", "speed"]
     assert at["quality"] == chosen
     assert [each.execution.linears for each in at.values()] == ["model", "model", "fp8"]
+    assert [each.execution.attend for each in at.values()] == ["model", "model", "fp8"]
     assert [each.model.attention for each in at.values()] == ["sdpa", "auto", "auto"]
     assert [each.stream.recache for each in at.values()] == ["full", "full", "recent(6)"]
 
@@ -147,7 +148,7 @@ def test_presets_of_one_kind_share_weights_keys_values_and_buffers() -> None:
 
 
 def test_every_preset_of_a_set_says_what_it_is_and_whose_memory_it_works_in() -> None:
-    names = ("reference", "quality", "speed", "low_memory")
+    names = ("reference", "quality", "balanced", "speed", "low_memory")
     config = load_config("pocket", [TARGET, "preset=low_memory", presets(*names)])
     said: list[str] = []
     model = tiny_transformer()
@@ -156,7 +157,7 @@ def test_every_preset_of_a_set_says_what_it_is_and_whose_memory_it_works_in() ->
     assert [line for line in said if line.startswith("preset")] == [f"preset {name}" for name in names]
     memory = [line for line in said if line.startswith("keys and values")]
     assert memory[2] == "keys and values of quality"
-    assert all(line.endswith("MiB") for line in (memory[0], memory[1], memory[3]))
+    assert all(line.endswith("MiB") for line in (memory[0], memory[1], memory[3], memory[4]))
     rollout = Rollout(model, config.stream, config.video, passes=chosen.passes)
     chosen.change("reference", rollout)
     assert (chosen.name, rollout.passes, model.attention.name) == ("reference", chosen.passes, "math")

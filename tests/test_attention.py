@@ -12,6 +12,7 @@ from torch import Tensor
 from configs.load import load_config
 from configs.schema import Execution, StreamConfig
 from ipc.errors import ConfigError
+from workers.models import attention
 from workers.models.attention import (
     TRIED,
     Attend,
@@ -104,6 +105,7 @@ STAND_INS = [
     ("flash", "flash_attn", flash_attn_func),
     ("flash3", "flash_attn_interface", flash3_attn_func),
     ("flash3", "flash_attn_interface", old_flash3_attn_func),
+    ("flash3", "fa3_fwd_interface", flash3_attn_func),
     ("flash4", "flash_attn.cute", flash4_attn_func),
 ]
 
@@ -118,11 +120,40 @@ def test_packages_are_called_as_they_want(name: str, module: str, function: Call
 
 @pytest.mark.parametrize(("name", "module", "function"), STAND_INS, ids=lambda part: getattr(part, "__name__", part))
 def test_what_is_not_installed_is_said(name: str, module: str, function: Callable[..., object]) -> None:
-    with pytest.raises(Unavailable, match=rf"needs the package .*, found No module named '{module}'; install it"):
+    with pytest.raises(Unavailable, match=rf"needs the package .*, found .*No module named '{module}'.*; install it"):
         backend(name, CUDA, torch.bfloat16, importing({}))
     hollow = importing({module: SimpleNamespace()})  # such as the folder that flash-attn-4 alone leaves
-    with pytest.raises(Unavailable, match=f"found {module} without flash_attn_func"):
+    with pytest.raises(Unavailable, match=f"found .*{module} without flash_attn_func"):
         backend(name, CUDA, torch.bfloat16, hollow)
+
+
+def test_the_first_of_two_modules_that_works_is_taken() -> None:
+    """Upstream's build before the wheel; one that does not load, or is hollow, is passed over."""
+    upstream, wheel = SimpleNamespace(flash_attn_func=flash3_attn_func), SimpleNamespace(flash_attn_func=wrong)
+    q = torch.randn(1, 5, 3, 8)
+    for modules, expected in (
+        ({"flash_attn_interface": upstream, "fa3_fwd_interface": wheel}, written_out(q, q, q)),
+        ({"flash_attn_interface": SimpleNamespace(), "fa3_fwd_interface": wheel}, wrong(q, q, q)),
+        ({"fa3_fwd_interface": wheel}, wrong(q, q, q)),
+    ):
+        torch.testing.assert_close(backend("flash3", CUDA, torch.bfloat16, importing(modules))(q, q, q), expected)
+    named = "found No module named 'flash_attn_interface', No module named 'fa3_fwd_interface'; install it"
+    with pytest.raises(Unavailable, match=named):
+        backend("flash3", CUDA, torch.bfloat16, importing({}))
+
+
+@pytest.mark.parametrize(("found", "runs"), [((8, 0), True), ((9, 0), True), ((7, 5), False), ((10, 0), False)])
+def test_flash3_is_called_where_its_kernels_run(
+    found: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere they would end the process, not raise."""
+    monkeypatch.setattr(attention, "compute_capability", lambda device: found)
+    load = importing({"flash_attn_interface": SimpleNamespace(flash_attn_func=flash3_attn_func)})
+    if runs:
+        assert backend("flash3", CUDA, torch.bfloat16, load)
+    else:
+        with pytest.raises(Unavailable, match=rf"needs compute capability 8\.x or 9\.x, found {found[0]}\.{found[1]}"):
+            backend("flash3", CUDA, torch.bfloat16, load)
 
 
 def wrong(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -118,7 +118,9 @@ def blocks(*overrides: str) -> list[MadeBlock]:
     return made
 
 
-@pytest.mark.parametrize("change", [(), ("execution.kv=int8",), ("stream.recache=blend(1.5)",)], ids=str)
+@pytest.mark.parametrize(
+    "change", [(), ("execution.kv=int8",), ("execution.attend=fp8",), ("stream.recache=blend(1.5)",)], ids=str
+)
 @ropes
 def test_the_fast_path_passes_and_gives_the_same(rope: str, change: tuple[str, ...]) -> None:
     """To the bit; warm-up included."""

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from configs.schema import KVKind, StreamConfig
+from workers.models.attention import Attend, attend_sdpa
 from workers.models.denoise import Rollout
 from workers.models.fp8 import Fp8Linears, MakeLinear, plain_linear
+from workers.models.fp8_attention import widened
 from workers.models.noise import DrawnNoise
 from workers.models.static_passes import StaticPasses
 
@@ -28,14 +30,19 @@ def blocks(passes: StaticPasses, number: int, switches: tuple[int, ...]) -> Tens
 
 
 def assert_compiled_equals(
-    stream: StreamConfig, kv: KVKind = "model", switches: tuple[int, ...] = (), linear: MakeLinear = plain_linear
+    stream: StreamConfig,
+    kv: KVKind = "model",
+    switches: tuple[int, ...] = (),
+    linear: MakeLinear = plain_linear,
+    attend_fp8: Attend | None = None,
 ) -> None:
     """Over 21 blocks after everything was compiled; a stream that compiles more would raise."""
     model = tiny_transformer()
-    plain = blocks(StaticPasses(model, stream, SMALL, kv=kv, linear=linear), 21, switches)
+    build = partial(StaticPasses, model, stream, SMALL, kv=kv, linear=linear, attend_fp8=attend_fp8)
+    plain = blocks(build(), 21, switches)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
-    passes = StaticPasses(model, stream, SMALL, kv=kv, linear=linear, compiled=True)
+    passes = build(compiled=True)
     passes.record_all()
     graphs = counters["stats"]["unique_graphs"]
     assert graphs >= before + 3
@@ -67,6 +74,14 @@ def test_layers_that_differ_in_fp8_are_compiled_before_a_stream_begins(monkeypat
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     stream = StreamConfig(frames_per_block=1, window=2, sink=1, steps=(1000,))
     assert_compiled_equals(stream, switches=(1, 4), linear=Fp8Linears(["blocks.0.ffn.2"]))
+
+
+@pytest.mark.parametrize("sink", [0, 2])
+def test_a_block_that_sees_itself_alone_is_compiled_too(sink: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With attention in fp8 it asks in another dtype than the blocks after it, the sink's second among them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    stream = StreamConfig(frames_per_block=1, window=4, sink=sink, steps=(1000,))
+    assert_compiled_equals(stream, switches=(1, 3, 9), attend_fp8=widened(attend_sdpa, torch.float32))
 
 
 @pytest.mark.timeout(300)

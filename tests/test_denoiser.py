@@ -83,11 +83,11 @@ def test_an_aborted_block_is_that_of_a_switch_at_its_boundary(recache: str, rope
     [{"sink": 0}, {"sink": 6, "window": 15}, {"global_sink": "false"}, {"window": 9}, {"frames_per_block": 1}],
     ids=str,
 )
-@pytest.mark.parametrize("kv", ["model", "int8", "fp8"])
-def test_an_aborted_block_leaves_nothing_in_any_geometry(geometry: dict[str, object], kv: str) -> None:
+@pytest.mark.parametrize("kept", ["kv=model", "kv=int8", "kv=fp8", "attend=fp8"])
+def test_an_aborted_block_leaves_nothing_in_any_geometry(geometry: dict[str, object], kept: str) -> None:
     """`recent` is the recache that sees what the aborted steps wrote over."""
     stream = {"recache": "recent(3)", **geometry}
-    common = (*(f"stream.{key}={value}" for key, value in stream.items()), f"execution.kv={kv}")
+    common = (*(f"stream.{key}={value}" for key, value in stream.items()), f"execution.{kept}")
     for block in (2, 5, 7):
         aborted, boundary = Arrivals({(block, 2): 1}, *common, ABORT), Arrivals({(block, 0): 1}, *common)
         assert equal(aborted.stream(block + 3), boundary.stream(block + 3))

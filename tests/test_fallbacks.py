@@ -21,6 +21,7 @@ ASKED = {
     "graphs=true": "execution.graphs: true needs a CUDA device, found cpu; used instead: ",
     "kernels=triton": "execution.kernels: triton needs a CUDA device, found cpu; used instead: torch",
     "linears=fp8": "execution.linears: fp8 needs a GPU of compute capability 8.9 or more, found cpu; used instead: ",
+    "attend=fp8": "execution.attend: fp8 needs FlashAttention-3 (flash_attn_interface or fa3-fwd) on a GPU of compute ",
     "compile=true": "execution.compile: true needs a compiler for cpu, found ",
     "native=true": "execution.native: true needs a compiler (g++ or c++), found none; used instead: PyTorch",
 }
@@ -67,7 +68,8 @@ def test_every_fallback_is_one_warning(asked: tuple[str, ...]) -> None:
 def test_defaults_and_presets_warn_of_what_they_ask_for_alone(preset: str | None) -> None:
     """Graphs, kernels and compiled operations are for where they can be; 8 bits are what a preset is about."""
     lines = warned(tiny_config(*([f"preset={preset}"] if preset else [])))
-    assert [line.split()[0] for line in lines] == ["execution.linears:"] * (preset in ("speed", "low_memory"))
+    asks = {"speed": ["execution.attend:", "execution.linears:"], "low_memory": ["execution.linears:"]}
+    assert [line.split()[0] for line in lines] == asks.get(preset or "", [])
 
 
 @pytest.mark.usefixtures("no_compiler")

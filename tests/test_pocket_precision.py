@@ -13,6 +13,7 @@ from configs.schema import RuntimeConfig
 from workers.models.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae_decoder
 from workers.models.denoise import Rollout
 from workers.models.fp8 import Fp8Linears
+from workers.models.fp8_attention import widened
 from workers.models.noise import DrawnNoise
 from workers.models.prompt_text import clean
 from workers.models.static_passes import StaticPasses
@@ -21,7 +22,7 @@ from workers.models.vae import VaeDecoder
 PROMPTS = ("a red circle moving right", "two yellow squares hopping on a checkered background")
 BLOCKS = 3
 BAR_DB = 30.0
-KINDS = ("int8 keys and values", "fp8 keys and values", "fp8 linears")
+KINDS = ("int8 keys and values", "fp8 keys and values", "fp8 linears", "fp8 attention", "fp8 linears and attention")
 Decibels = dict[str, list[tuple[int, float, float]]]
 """By kind, of every block of every prompt: its number, all steps by it, the last step by it alone."""
 pytestmark = pytest.mark.timeout(300)
@@ -89,9 +90,11 @@ def decibels() -> Decibels:
     torch.set_num_threads(1)
     config, cpu = load_config("pocket"), torch.device("cpu")
     model, decoder = load_transformer(config.model, cpu), load_vae_decoder(config.model, cpu)
+    attend_fp8 = widened(model.attention.attend, model.dtype)
+    both = {"linear": Fp8Linears(), "attend_fp8": attend_fp8}
     exact, *others = (
         StaticPasses(model, config.stream, config.video, **given)
-        for given in ({}, {"kv": "int8"}, {"kv": "fp8"}, {"linear": Fp8Linears()})
+        for given in ({}, {"kv": "int8"}, {"kv": "fp8"}, {"linear": Fp8Linears()}, {"attend_fp8": attend_fp8}, both)
     )
     out: Decibels = {kind: [] for kind in KINDS}
     with torch.inference_mode():

@@ -39,8 +39,8 @@ def settings(job: Job) -> list[tuple[str, str, str]]:
 
 
 def test_one_option_by_flags(jobs: list[Job]) -> None:
-    assert main(["quality", "pocket", "pocket", "--set-b", "execution.kv=int8", "--preset-b", "speed"]) == 0
-    assert settings(jobs[0]) == [("pocket preset=speed execution.kv=int8", "speed", "int8 recent(6) 3")]
+    assert main(["quality", "pocket", "pocket", "--set-b", "execution.kv=int8", "--preset-b", "balanced"]) == 0
+    assert settings(jobs[0]) == [("pocket preset=balanced execution.kv=int8", "balanced", "int8 full 3")]
     assert jobs[0].a.config.execution.kv == "model"
     assert jobs[0].out.is_dir() and jobs[0].out.name == "quality"
 

@@ -144,13 +144,14 @@ def _side(side: Contender, rounds: Sequence[Times]) -> Side:
 
 
 PLAIN = ("execution.denoiser=plain", "execution.kernels=auto", "execution.compile=false")
-EXACT = ("execution.kv=model", "execution.linears=model", "execution.fp8_keep=[]")
+EXACT = ("execution.kv=model", "execution.linears=model", "execution.fp8_keep=[]", "execution.attend=model")
 OFF: dict[str, tuple[str, ...]] = {
     "no static blocks": (*PLAIN, *EXACT),
     "no native VAE operations": ("execution.native=false",),
     "attention by SDPA": ("model.attention=sdpa",),
     "no CUDA graphs": ("execution.graphs=false",),
     "no fused kernels": ("execution.kernels=torch",),
+    "no attention in 8 bits": ("execution.attend=model",),
     "nothing in 8 bits": EXACT,
     "no overlap": ("output.pace=serial",),
 }

@@ -11,7 +11,17 @@ from pathlib import Path
 from orchestrator.bench.report import Environment, Machine, Software
 from orchestrator.checkout import ROOT
 
-PACKAGES = ("longlive-runtime", "torch", "triton", "flash-attn", "transformers", "pyzmq", "pydantic", "numpy")
+PACKAGES = (
+    "longlive-runtime",
+    "torch",
+    "triton",
+    "flash-attn",
+    "fa3-fwd",
+    "transformers",
+    "pyzmq",
+    "pydantic",
+    "numpy",
+)
 GPU_FACTS = ("name", "driver_version", "memory.total", "clocks.max.sm", "clocks.max.memory", "power.limit")
 GPU_LOAD = ("utilization.gpu", "clocks.sm", "clocks.mem", "memory.used", "power.draw", "temperature.gpu")
 ANSWER_S = 10.0

@@ -27,19 +27,24 @@ Timer = Callable[[Callable[[], object]], float]
 
 TRIED: tuple[AttentionKind, ...] = ("cudnn", "flash", "flash3", "flash4", "sdpa")
 """What `auto` measures; the first of equals wins."""
-PACKAGES: dict[str, tuple[str, str]] = {
-    "flash": ("flash_attn", "flash-attn 2"),
-    "flash3": ("flash_attn_interface", "FlashAttention-3 (hopper/ of Dao-AILab/flash-attention)"),
-    "flash4": ("flash_attn.cute", "flash-attn-4"),
+PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "flash": (("flash_attn",), "flash-attn 2"),
+    "flash3": (
+        ("flash_attn_interface", "fa3_fwd_interface"),
+        "FlashAttention-3 (hopper/ of Dao-AILab/flash-attention, or fa3-fwd)",
+    ),
+    "flash4": (("flash_attn.cute",), "flash-attn-4"),
 }
-"""The module that holds `flash_attn_func`, and what a person installs."""
-FAR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
-"""How far a backend may be off, norm over norm; they round weights and result to their dtype."""
+"""The modules that may hold `flash_attn_func`, the first that does is taken, and what a person installs."""
+FAR = {torch.float8_e4m3fn: 5e-2, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
+"""How far a backend may be off for inputs of a dtype, norm over norm; they round weights and result to theirs."""
 REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError)
 """What kernels raise that do not take a shape, a dtype or a device."""
 CHECKED_ROWS = 64
 """Queries whose result is compared: the reference holds all their logits in float32."""
 WARM_UPS, ROUNDS = 3, 10
+AMPERE, HOPPER = 8, 9
+"""Compute capabilities that FlashAttention-3 is built for; it multiplies e4m3 on Hopper alone."""
 
 
 class AttentionSize(NamedTuple):
@@ -68,6 +73,14 @@ class Attention:
 
 class Unavailable(Exception):
     """A backend that is not installed, does not run here or is wrong; why, in words."""
+
+
+class NotInstalled(Unavailable):
+    """One whose package is missing or does not load; `found` says what there is instead."""
+
+    def __init__(self, package: str, found: str) -> None:
+        super().__init__(f"needs the package {package}, found {found}; install it")
+        self.found = found
 
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,18 +112,33 @@ def backend(name: str, device: torch.device, dtype: torch.dtype, load: Import = 
         raise Unavailable(
             f"needs a CUDA device and bfloat16 or float16, found device {device.type}, dtype {_word(dtype)}"
         )
+    capability = compute_capability(device)
+    if name == "flash3" and capability is not None and capability[0] not in (AMPERE, HOPPER):
+        # On others what it launches ends the process.
+        raise Unavailable(f"needs compute capability {AMPERE}.x or {HOPPER}.x, found {capability[0]}.{capability[1]}")
     return attend_cudnn if name == "cudnn" else _flash(name, load)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a GPU; None of what is none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def _flash(name: str, load: Import) -> Attend:
     """`flash_attn_func` of a package: all three take q, k, v first and scale by 1 / sqrt(head_dim)."""
-    module, package = PACKAGES[name]
-    try:
-        function = getattr(load(module), "flash_attn_func", None)
-    except ImportError as error:
-        raise Unavailable(f"needs the package {package}, found {_line(error)}; install it") from error
+    modules, package = PACKAGES[name]
+    found, function = [], None
+    for module in modules:
+        try:
+            function = getattr(load(module), "flash_attn_func", None)
+        except ImportError as error:
+            found.append(_line(error))
+        else:
+            if function is not None:
+                break
+            found.append(f"{module} without flash_attn_func")
     if function is None:
-        raise Unavailable(f"needs the package {package}, found {module} without flash_attn_func; install it")
+        raise NotInstalled(package, ", ".join(found))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q, k, v)
@@ -155,7 +183,7 @@ class Trial:
     def __init__(self, device: torch.device, dtype: torch.dtype, size: AttentionSize) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self.qkv = [
-            torch.randn(1, length, size.heads, size.head_dim, device=device, dtype=dtype, generator=generator)
+            torch.randn(1, length, size.heads, size.head_dim, device=device, generator=generator).to(dtype)
             for length in (size.queries, size.keys, size.keys)
         ]
         self._rows = torch.linspace(0, size.queries - 1, min(CHECKED_ROWS, size.queries)).long().to(device)

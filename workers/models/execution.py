@@ -6,14 +6,16 @@ from functools import partial
 
 import torch
 
-from configs.schema import KernelsKind, KVKind, RuntimeConfig, TransformerConfig
-from workers.models.attention import Attention, AttentionSize, choose_attention
+from configs.schema import KernelsKind, RuntimeConfig, TransformerConfig
+from workers.models.attention import Attend, Attention, AttentionSize, choose_attention
 from workers.models.audit import Audit
 from workers.models.checkpoint import load_tiny_vae, load_vae_decoder, vae_dtype
 from workers.models.fp8 import Fp8Linears, choose_multiply, scaled_mm
+from workers.models.fp8_attention import choose_fp8_attention
 from workers.models.frame_stream import FrameDecoder, FrameStream
 from workers.models.graphs import CudaGraphs, Recorder, run_directly
 from workers.models.kernels import TORCH, Kernels
+from workers.models.kv_store import StoreKind
 from workers.models.native import Native, NotCompiled, compiled
 from workers.models.passes import AfterPass, Passes, PlainPasses, go_on
 from workers.models.static import StaticTransformer
@@ -73,8 +75,10 @@ def choose_passes(
         record = Audit(record, model.device)
     kernels = choose_kernels(execution.kernels, model.device, say, warn)
     compiled = execution.compile and can_compile(model.device, warn)
-    shared = _of_kind(beside, execution.kv)
-    build = partial(StaticPasses, model, config.stream, config.video, on_pass, record, execution.kv, beside=shared)
+    attend_fp8 = choose_attend_fp8(model, size, say, warn) if execution.attend == "fp8" else None
+    shared = _of_kind(beside, execution.kv if attend_fp8 is None else "attended")
+    streamed = partial(StaticPasses, model, config.stream, config.video, on_pass, record, execution.kv)
+    build = partial(streamed, beside=shared, attend_fp8=attend_fp8)
     if execution.linears == "model":
         return build(kernels=kernels, compiled=compiled)
     tokens = config.stream.frames_per_block * config.video.frame_tokens
@@ -90,10 +94,23 @@ def choose_passes(
     return passes
 
 
-def _of_kind(passes: Sequence[Passes], kv: KVKind) -> StaticTransformer | None:
+def choose_attend_fp8(
+    model: CausalWanTransformer, size: AttentionSize, say: Say = unheard, warn: Say = unheard
+) -> Attend | None:
+    """What attends to keys and values in e4m3; None where `attend: model` is better, on a GPU without the kernel."""
+    chosen = choose_fp8_attention(model.attention.attend, model.device, model.dtype, size)
+    if chosen.lack is not None:
+        needs = "FlashAttention-3 (flash_attn_interface or fa3-fwd) on a GPU of compute capability 9.0"
+        widened = f"values of e4m3 attended by {model.attention.name}, as inexact and not faster"
+        warn(fallback("attend: fp8", needs, chosen.lack, "attend: model" if chosen.attend is None else widened))
+    say(chosen.note)
+    return chosen.attend
+
+
+def _of_kind(passes: Sequence[Passes], kept: StoreKind) -> StaticTransformer | None:
     """The first that keeps keys and values that way."""
     static = (each.static for each in passes if isinstance(each, StaticPasses))
-    return next((each for each in static if each.kv == kv), None)
+    return next((each for each in static if each.kept == kept), None)
 
 
 def attention_size(config: RuntimeConfig, transformer: TransformerConfig) -> AttentionSize:

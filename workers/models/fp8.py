@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.models.kernels import Codes, quantised
+from workers.models.kernels import E4M3, Codes, quantised
 
 Linear = Callable[[Tensor], Tensor]
 """[tokens, in] -> [tokens, out], the dtype kept."""
@@ -21,7 +21,6 @@ MakeLinear = Callable[[str, Tensor, Tensor], Linear]
 Multiply = Callable[[Codes, Codes, Tensor, torch.dtype], Tensor]
 """Codes [tokens, in] and [out, in] with scales [tokens, 1] and [out, 1], bias [out] -> [tokens, out] of a dtype."""
 
-E4M3 = torch.float8_e4m3fn
 FAR = 2e-2
 """How far `torch._scaled_mm` may be off, norm over norm: fast accumulation on Hopper keeps some 14 bits of a sum."""
 

@@ -22,7 +22,8 @@ class Codes(NamedTuple):
     scale: Tensor
 
 
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+E4M3 = torch.float8_e4m3fn
+LARGEST = {torch.int8: 127.0, E4M3: 448.0}
 """The largest value that a code holds."""
 
 
@@ -34,10 +35,16 @@ def quantised(x: Tensor, dtype: torch.dtype) -> Codes:
     return Codes((units.round() if dtype == torch.int8 else units).to(dtype), scale)
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a float dtype; in e4m3 what is too large becomes the largest that it holds; some torches make it NaN."""
+    return (x.clamp(-LARGEST[dtype], LARGEST[dtype]) if dtype in LARGEST else x).to(dtype)
+
+
 class KVTarget(Protocol):
     """Where a layer's keys and values go; `kv_store.LayerKV` says more."""
 
     block_tokens: int
+    query_dtype: torch.dtype | None
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores rotated keys and values of the blocks that go to `slots`."""
@@ -53,7 +60,7 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor
 
 def norm_modulate_fp8(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Codes:
     """As `norm_modulate`, but each row in e4m3 with a scale of its own: what an FP8 product takes."""
-    return quantised(_norm_modulated(x, scale, shift, eps), torch.float8_e4m3fn)
+    return quantised(_norm_modulated(x, scale, shift, eps), E4M3)
 
 
 def _norm_modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -93,7 +100,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def gelu_fp8(x: Tensor) -> Codes:
     """As `gelu`, but each row in e4m3 as of `norm_modulate_fp8`: of float32 values, which no dtype of x rounds."""
-    return quantised(gelu(x.float()), torch.float8_e4m3fn)
+    return quantised(gelu(x.float()), E4M3)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -103,7 +110,7 @@ def rows(x: Tensor) -> Tensor:
 
 def rows_fp8(x: Tensor) -> Codes:
     """x [L, dim], each row in e4m3."""
-    return quantised(x, torch.float8_e4m3fn)
+    return quantised(x, E4M3)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -142,7 +149,7 @@ def write_qkv(
         sinks: how many of the blocks, from the first, are the sink's: their keys are kept before rotation too.
 
     Returns:
-        Rotated queries [L, heads, head_dim] in the dtype of qkv.
+        Rotated queries [L, heads, head_dim] in the cache's `query_dtype`, or if it has none in the dtype of qkv.
     """
     q, k, v = qkv.chunk(3, dim=-1)
     heads = (-1, 2 * turn.cos.shape[-1])
@@ -150,7 +157,7 @@ def write_qkv(
     kv.write(slots, turned(k, turn), v.unflatten(-1, heads))
     if sinks:
         kv.keep_sink(slots[:sinks], k[: sinks * kv.block_tokens])
-    return turned(q, turn).to(qkv.dtype)
+    return rounded(turned(q, turn), kv.query_dtype or qkv.dtype)
 
 
 def turn_sink(sink_k: Tensor, by: Rotation, k: Tensor) -> None:
@@ -164,7 +171,7 @@ def turn_sink(sink_k: Tensor, by: Rotation, k: Tensor) -> None:
     layers, slots = sink_k.shape[:2]
     keys = sink_k.flatten(1, 2).transpose(0, 1).float()
     there = turned(keys.flatten(1, 2), by).unflatten(1, (layers, -1)).transpose(0, 1)
-    k.copy_(there.unflatten(1, (slots, -1)))
+    k.copy_(rounded(there.unflatten(1, (slots, -1)), k.dtype))
 
 
 @dataclass(frozen=True)

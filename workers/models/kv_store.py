@@ -3,12 +3,18 @@
 The same slots as `kv_cache.CacheLayout` plans. Knows nothing of prompts, steps or noise.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from configs.schema import KVKind, StreamConfig
-from workers.models.kernels import TORCH, Codes, Kernels, quantised, turned
+from workers.models.kernels import E4M3, TORCH, Codes, Kernels, quantised, rounded, turned
 from workers.models.rope import Rotation
+
+StoreKind = KVKind | Literal["attended"]
+"""`execution.kv`, or `attended`: as attention in e4m3 takes them, for `execution.attend: fp8`."""
 
 
 class LayerKV:
@@ -17,7 +23,10 @@ class LayerKV:
     Attributes:
         k, v: [slots, block tokens, heads, head_dim]; keys rotated to where they stand.
         sink_k: [sink slots, block tokens, heads, head_dim], the sink's keys before rotation.
+        query_dtype: what attention over `visible` takes its queries in; None for the model's dtype.
     """
+
+    query_dtype: torch.dtype | None = None
 
     def __init__(self, k: Tensor, v: Tensor, sink_k: Tensor) -> None:
         self.k, self.v, self.sink_k = k, v, sink_k
@@ -30,7 +39,8 @@ class LayerKV:
             slots: [n] int64 on the device.
         """
         for mine, new in ((self.k, k), (self.v, v)):
-            mine.index_copy_(0, slots, new.to(mine.dtype).unflatten(0, (-1, self.block_tokens)))
+            made = rounded(new, mine.dtype).unflatten(0, (-1, self.block_tokens))
+            _bytes(mine).index_copy_(0, slots, _bytes(made))
 
     def keep_sink(self, slots: Tensor, k: Tensor) -> None:
         """Stores un-rotated keys of n sink blocks; arguments as of `write`."""
@@ -47,7 +57,7 @@ class LayerKV:
     def fill(self, k: Tensor, v: Tensor, sink_k: Tensor) -> None:
         """Takes over what another layer's `read` gave, whatever it is kept in."""
         for mine, new in ((self.k, k), (self.v, v), (self.sink_k, sink_k)):
-            mine.copy_(new)
+            mine.copy_(rounded(new, mine.dtype))
 
 
 class KVStore:
@@ -56,6 +66,91 @@ class KVStore:
     Attributes:
         k, v, sink_k: as of `LayerKV`, [layers, ...].
         layers: each layer's part.
+
+    Args:
+        sink_dtype: of `sink_k`; `dtype` if not given.
+    """
+
+    def __init__(
+        self,
+        stream: StreamConfig,
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        frame_tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        sink_dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (layers, stream.window_blocks, stream.frames_per_block * frame_tokens, heads, head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.sink_k = torch.zeros((layers, stream.sink_blocks, *shape[2:]), device=device, dtype=sink_dtype or dtype)
+        self.layers = [LayerKV(*parts) for parts in zip(self.k, self.v, self.sink_k, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.buffers())
+
+    def buffers(self) -> list[Tensor]:
+        """All its memory."""
+        return [self.k, self.v, self.sink_k]
+
+    def at_work(self, blocks: int, visible: int) -> Sequence[LayerKV]:
+        """Each layer's part as a pass of so many blocks, of so many that it sees, reads and writes it."""
+        return self.layers
+
+    def touched_by(self, slot: int) -> list[Tensor]:
+        """What denoising a block in a slot may change: the slot's keys and values, and the sink's keys; views."""
+        return [self.k[:, slot], self.v[:, slot], self.k[:, : self.sink_k.shape[1]]]
+
+    def move_sink(self, by: Rotation, kernels: Kernels = TORCH) -> None:
+        """Rotates the sink's keys of all layers to where `by` [sink tokens, head_dim / 2] says."""
+        kernels.turn_sink(self.sink_k, by, self.k[:, : self.sink_k.shape[1]])
+
+
+class RoundedLayerKV(LayerKV):
+    """One layer's part of a `RoundedKVStore`."""
+
+    query_dtype = E4M3
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.k.to(self.sink_k.dtype), self.v.to(self.sink_k.dtype), self.sink_k
+
+
+class AloneLayerKV(RoundedLayerKV):
+    """The same part for a block that sees itself alone: it is remembered in e4m3 and seen as it is.
+
+    Args:
+        seen: keys and values of the block at work, [block tokens, heads, head_dim] each, all layers' in turn.
+    """
+
+    query_dtype = None
+
+    def __init__(self, k: Tensor, v: Tensor, sink_k: Tensor, seen: tuple[Tensor, Tensor]) -> None:
+        super().__init__(k, v, sink_k)
+        self.seen = seen
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """As of `LayerKV`; what is written is seen until this or another layer is written to next."""
+        super().write(slots, k, v)
+        for seen, new in zip(self.seen, (k, v), strict=True):
+            seen.copy_(new)
+
+    def visible(self, slots: int) -> tuple[Tensor, Tensor]:
+        return self.seen
+
+
+class RoundedKVStore(KVStore):
+    """Keys and values in e4m3 without scales, as FP8 attention takes them; the sink's keys before rotation in `dtype`.
+
+    A float format needs no scale where values lie within its normal range, 2^-6 to 448, as normed keys do. A block that
+    sees itself alone, a stream's first, is attended as it is: where objects start is read off its noise, too finely for
+    e4m3.
+
+    Attributes:
+        alone: each layer's part in passes of such a block.
     """
 
     def __init__(
@@ -69,27 +164,26 @@ class KVStore:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (layers, stream.window_blocks, stream.frames_per_block * frame_tokens, heads, head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.sink_k = torch.zeros((layers, stream.sink_blocks, *shape[2:]), device=device, dtype=dtype)
-        self.layers = [LayerKV(*parts) for parts in zip(self.k, self.v, self.sink_k, strict=True)]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.buffers())
+        super().__init__(
+            stream,
+            layers=layers,
+            heads=heads,
+            head_dim=head_dim,
+            frame_tokens=frame_tokens,
+            device=device,
+            dtype=E4M3,
+            sink_dtype=dtype,
+        )
+        seen = torch.zeros((2, *self.k.shape[2:]), device=device, dtype=dtype)
+        self.seen = seen[0], seen[1]
+        self.alone = [AloneLayerKV(part.k, part.v, part.sink_k, self.seen) for part in self.layers]
+        self.layers = [RoundedLayerKV(part.k, part.v, part.sink_k) for part in self.layers]
 
     def buffers(self) -> list[Tensor]:
-        """All its memory."""
-        return [self.k, self.v, self.sink_k]
+        return [*super().buffers(), *self.seen]
 
-    def touched_by(self, slot: int) -> list[Tensor]:
-        """What denoising a block in a slot may change: the slot's keys and values, and the sink's keys; views."""
-        return [self.k[:, slot], self.v[:, slot], self.k[:, : self.sink_k.shape[1]]]
-
-    def move_sink(self, by: Rotation, kernels: Kernels = TORCH) -> None:
-        """Rotates the sink's keys of all layers to where `by` [sink tokens, head_dim / 2] says."""
-        kernels.turn_sink(self.sink_k, by, self.k[:, : self.sink_k.shape[1]])
+    def at_work(self, blocks: int, visible: int) -> Sequence[LayerKV]:
+        return self.alone if blocks == visible == 1 else self.layers
 
 
 class QuantisedLayerKV(LayerKV):
@@ -202,13 +296,15 @@ class QuantisedKVStore(KVStore):
         self.k_scale[:, :slots].copy_(scale)
 
 
-def _bytes(codes: Tensor) -> Tensor:
-    """The same memory as int8: torch copies 8-bit floats by index on few devices."""
-    return codes.view(torch.int8)
+def _bytes(values: Tensor) -> Tensor:
+    """The same memory, of 8-bit values as int8: torch copies 8-bit floats by index on few devices."""
+    return values.view(torch.int8) if values.element_size() == 1 else values
 
 
-def new_store(kind: KVKind, stream: StreamConfig, dtype: torch.dtype, **sizes: int | torch.device) -> KVStore:
-    """The store of a configuration's kind; sizes as of `KVStore`."""
+def new_store(kind: StoreKind, stream: StreamConfig, dtype: torch.dtype, **sizes: int | torch.device) -> KVStore:
+    """The store of a kind; sizes as of `KVStore`."""
+    if kind == "attended":
+        return RoundedKVStore(stream, dtype=dtype, **sizes)  # type: ignore[arg-type]
     if kind == "model":
         return KVStore(stream, dtype=dtype, **sizes)  # type: ignore[arg-type]
     code = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]

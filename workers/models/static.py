@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import LATENT_CHANNELS, LAYER_LINEARS, PATCH, KVKind, StreamConfig, VideoConfig
+from workers.models.attention import Attend
 from workers.models.fp8 import Fp8Linear, MakeLinear, PlainLinear, plain_linear
-from workers.models.kernels import TORCH, Codes, Kernels, LinearInputs
-from workers.models.kv_store import LayerKV, new_store
+from workers.models.kernels import E4M3, TORCH, Codes, Kernels, LinearInputs
+from workers.models.kv_store import LayerKV, StoreKind, new_store
 from workers.models.rope import Rotation, frame_rotation, rotation
 from workers.models.schedule import Schedule
 from workers.models.transformer import CausalWanTransformer, Layer, PromptKV, timestep_embedding
@@ -212,9 +213,11 @@ class StaticTransformer:
         linear: makes the layers' linears.
         kernels: what computes the small operations.
         compiled: whether torch.compile makes what lies between attentions.
-        beside: another of the same model, stream, picture and `kv`, to work in whose memory; never both at once.
+        beside: another of the same model, stream, picture and `kept`, to work in whose memory; never both at once.
+        attend_fp8: attends to keys and values in e4m3, which are then kept in it; needs `kv: model`.
 
     Attributes:
+        kept: the kind of its store.
         noise: [steps - 1, F, 16, h, w] float32, what is mixed back in after each step but the last.
         latents: [F, 16, h, w] float32, the block at work: noise at first, clean after the last step.
         past: [window blocks * F, 16, h, w] float32, latents to recompute the cache from.
@@ -234,8 +237,10 @@ class StaticTransformer:
         kernels: Kernels = TORCH,
         compiled: bool = False,
         beside: "StaticTransformer | None" = None,
+        attend_fp8: Attend | None = None,
     ) -> None:
-        self.model, self.stream, self.kernels, self.kv = model, stream, kernels, kv
+        self.model, self.stream, self.kernels, self.attend_fp8 = model, stream, kernels, attend_fp8
+        self.kept: StoreKind = kv if attend_fp8 is None else "attended"
         schedule = Schedule.from_config(stream)
         self.sigmas = [schedule.sigma_at(step) for step in schedule.steps]
         self.rows, self.columns = video.latent_height // PATCH, video.latent_width // PATCH
@@ -250,7 +255,7 @@ class StaticTransformer:
         model, stream = self.model, self.stream
         config, device = model.config, model.device
         self.store = new_store(
-            self.kv,
+            self.kept,
             stream,
             model.dtype,
             layers=config.num_layers,
@@ -339,13 +344,14 @@ class StaticTransformer:
         modulations = [layer.modulation[time].unbind() for layer in self.layers]
         norms = [(scale, shift) for shift, scale, *_ in (*modulations, self.head_modulation[time].unbind())]
         h = self.into[0].norm_modulate(x, *norms[0], self.model.head.norm.eps)
-        for index, layer in enumerate(self.layers):
-            kv = self.store.layers[index]
+        parts = self.store.at_work(shape.blocks, shape.visible)
+        for index, (layer, kv) in enumerate(zip(self.layers, parts, strict=True)):
             q = layer.ask_past(h, turn, kv, slots, shape.sinks)
             if not to_the_end and index + 1 == len(self.layers):
                 break
             _, _, gate, shift, scale, gate2 = modulations[index]
-            seen = self.attend(q[None], *(part[None] for part in kv.visible(shape.visible)))[0]
+            attend = self.attend_fp8 if self.attend_fp8 is not None and q.dtype == E4M3 else self.attend
+            seen = attend(q[None], *(part[None] for part in kv.visible(shape.visible)))[0]
             x, q = layer.ask_prompt(x, seen, gate)
             y = attention(q, self.text.k[index, keys], self.text.v[index, keys], self.text.bias[:, keys])
             x, h = layer.finish(x, y, (scale, shift), gate2, norms[index + 1], self.into[index + 1])

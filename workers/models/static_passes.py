@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import KVKind, StreamConfig, VideoConfig
+from workers.models.attention import Attend
 from workers.models.fp8 import MakeLinear, plain_linear
 from workers.models.graphs import Recorder, Replay, run_directly
 from workers.models.kernels import TORCH, Kernels
@@ -27,7 +28,7 @@ class StaticPasses:
 
     Args:
         record: takes what a pass does once, returns how to do it again.
-        kv, linear, kernels, compiled, beside: as of `StaticTransformer`.
+        kv, linear, kernels, compiled, beside, attend_fp8: as of `StaticTransformer`.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class StaticPasses:
         kernels: Kernels = TORCH,
         compiled: bool = False,
         beside: StaticTransformer | None = None,
+        attend_fp8: Attend | None = None,
     ) -> None:
         self.model, self.stream = model, stream
-        self.static = StaticTransformer(model, stream, video, kv, linear, kernels, compiled, beside)
+        self.static = StaticTransformer(model, stream, video, kv, linear, kernels, compiled, beside, attend_fp8)
         self._compiled = compiled
         self._compiling = partial(_compiling, stream) if compiled else nullcontext
         self._on_pass = on_pass
@@ -108,11 +110,14 @@ class StaticPasses:
 
     @torch.inference_mode()
     def _compile_all(self) -> None:
-        """Runs a pass of each shape that is compiled anew; neither steps nor keys are among what a compilation sees."""
-        once: dict[tuple[bool, int, int], Replay] = {}
+        """Runs a pass of each shape that is compiled anew: neither steps nor keys are among what a compilation sees.
+
+        But whether a block sees itself alone may be.
+        """
+        once: dict[tuple[bool, int, int, bool], Replay] = {}
         for (kind, shape), replay in self._recorded.items():
             if shape is not None:
-                once[isinstance(kind, int), shape.blocks, shape.sinks] = replay
+                once[isinstance(kind, int), shape.blocks, shape.sinks, shape.visible == 1] = replay
         for replay in once.values():
             replay()
 

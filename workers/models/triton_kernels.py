@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.models.kernels import LARGEST, TORCH, Codes, Kernels, LinearInputs, gelu, rows
-from workers.models.kv_store import LayerKV, QuantisedLayerKV
+from workers.models.kv_store import AloneLayerKV, LayerKV, QuantisedLayerKV
 from workers.models.rope import Rotation
 
 LARGEST_E4M3 = tl.constexpr(LARGEST[torch.float8_e4m3fn])
@@ -113,6 +113,14 @@ def _turned(x, cos, sin, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _store_rounded(ptr, x, inside):
+    """Stores float32 in what there is a place for; in e4m3 what is too large becomes the largest that it holds."""
+    if ptr.dtype.element_ty == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x, -LARGEST_E4M3), LARGEST_E4M3)
+    tl.store(ptr, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rms_kernel(x_ptr, weight_ptr, out_ptr, eps, DIM: tl.constexpr, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)
     inside = column < DIM
@@ -155,15 +163,15 @@ def _qkv_kernel(
     there = token
     if v_ptr is not None:
         there = tl.load(slots_ptr + token // block_tokens) * block_tokens + token % block_tokens
-        v = tl.load(row_ptr + 2 * DIM + column, mask=inside, other=0.0)
-        tl.store(v_ptr + there * DIM + column, v.to(v_ptr.dtype.element_ty), mask=inside)
+        v = tl.load(row_ptr + 2 * DIM + column, mask=inside, other=0.0).to(tl.float32)
+        _store_rounded(v_ptr + there * DIM + column, v, inside)
     there = there * DIM + column
     q = _turned(_rms_normed(row_ptr, q_weight_ptr, column, inside, eps, DIM), cos, sin, WIDTH)
-    tl.store(q_ptr + token * DIM + column, q.to(q_ptr.dtype.element_ty), mask=inside)
+    _store_rounded(q_ptr + token * DIM + column, q, inside)
     k = _rms_normed(row_ptr + DIM, k_weight_ptr, column, inside, eps, DIM)
     if token < raw_tokens:
         tl.store(raw_k_ptr + there, k.to(raw_k_ptr.dtype.element_ty), mask=inside)
-    tl.store(k_ptr + there, _turned(k, cos, sin, WIDTH).to(k_ptr.dtype.element_ty), mask=inside)
+    _store_rounded(k_ptr + there, _turned(k, cos, sin, WIDTH), inside)
 
 
 @triton.jit
@@ -187,7 +195,7 @@ def _turn_kernel(
     row = (layer * tl.num_programs(0) + token) * DIM + column
     x = tl.load(x_ptr + row, mask=inside, other=0.0).to(tl.float32)
     there = layer * layer_stride + token * DIM + column
-    tl.store(out_ptr + there, _turned(x, cos, sin, WIDTH).to(out_ptr.dtype.element_ty), mask=inside)
+    _store_rounded(out_ptr + there, _turned(x, cos, sin, WIDTH), inside)
 
 
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -251,10 +259,10 @@ def write_qkv(
     assert qkv.is_contiguous()
     tokens, dim, pairs = len(qkv), qkv.shape[1] // 3, turn.cos.shape[1]
     heads, raw_tokens = (-1, 2 * pairs), sinks * kv.block_tokens
-    q = qkv.new_empty(tokens, dim)
+    q = qkv.new_empty(tokens, dim, dtype=kv.query_dtype)
     given = (qkv, *weights, *turn, slots, q)
     sizes = {"block_tokens": kv.block_tokens, "raw_tokens": raw_tokens, "PAIRS": pairs, **_row(dim)}
-    if isinstance(kv, QuantisedLayerKV):
+    if isinstance(kv, QuantisedLayerKV | AloneLayerKV):
         k, raw_k = (qkv.new_empty(rows, dim, dtype=torch.float32) for rows in (tokens, raw_tokens))
         _qkv_kernel[(tokens,)](*given, k, None, raw_k, eps, **sizes)
         kv.write(slots, k.unflatten(-1, heads), qkv[:, 2 * dim :].unflatten(-1, heads))
