@@ -306,6 +306,28 @@ def test_what_is_right_is_taken_and_measured(monkeypatch: pytest.MonkeyPatch) ->
     assert chosen.attend is not None and chosen.attend(*Trial(CPU, E4M3, SIZE).qkv).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("ms", "said"), [((0.7, 0.6), "flash3 in 2 parts: 0.60 ms"), ((0.6, 0.7), "flash3: 0.60 ms")])
+def test_keys_are_attended_in_as_many_parts_as_is_fastest(
+    ms: tuple[float, float], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the package knows parts: older ones refuse to be asked."""
+    monkeypatch.setattr(fp8_attention, "Trial", lambda device, *given: Trial(CPU, *given))
+    asked, times = [], iter(ms)
+
+    def in_parts(q: Tensor, k: Tensor, v: Tensor, num_splits: int = 1) -> Tensor:
+        asked.append(num_splits)
+        return flash3_attn_func(q, k, v)
+
+    load = importing(flash_attn_interface=in_parts)
+    chosen = choose_fp8_attention(attend_sdpa, CUDA, torch.bfloat16, SIZE, load, lambda run: next(times))
+    assert chosen.note == f"self-attention in fp8 by {said}"
+    assert chosen.attend is not None
+    asked.clear()
+    chosen.attend(*Trial(CPU, E4M3, SIZE).qkv)
+    assert asked == [1 if ms[0] < ms[1] else 2]
+
+
 @pytest.mark.parametrize("found", [(8, 9), (10, 0), (12, 0)])
 def test_other_gpus_are_not_even_tried(found: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """There its kernels would end the process."""

@@ -6,10 +6,10 @@ so that what is recorded once can be replayed.
 
 import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import torch
@@ -102,8 +102,18 @@ def attend_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, False)[0].transpose(1, 2)
 
 
-def backend(name: str, device: torch.device, dtype: torch.dtype, load: Import = importlib.import_module) -> Attend:
-    """The call of a backend by its name in the configuration. Raises Unavailable."""
+def backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: Import = importlib.import_module,
+    options: Mapping[str, object] = MappingProxyType({}),
+) -> Attend:
+    """The call of a backend by its name in the configuration. Raises Unavailable.
+
+    Args:
+        options: what a package's `flash_attn_func` is called with besides.
+    """
     if name == "sdpa":
         return attend_sdpa
     if name == "math":
@@ -116,7 +126,7 @@ def backend(name: str, device: torch.device, dtype: torch.dtype, load: Import = 
     if name == "flash3" and capability is not None and capability[0] not in (AMPERE, HOPPER):
         # On others what it launches ends the process.
         raise Unavailable(f"needs compute capability {AMPERE}.x or {HOPPER}.x, found {capability[0]}.{capability[1]}")
-    return attend_cudnn if name == "cudnn" else _flash(name, load)
+    return attend_cudnn if name == "cudnn" else _flash(name, load, options)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
@@ -124,7 +134,7 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
-def _flash(name: str, load: Import) -> Attend:
+def _flash(name: str, load: Import, options: Mapping[str, object]) -> Attend:
     """`flash_attn_func` of a package: all three take q, k, v first and scale by 1 / sqrt(head_dim)."""
     modules, package = PACKAGES[name]
     found, function = [], None
@@ -141,7 +151,7 @@ def _flash(name: str, load: Import) -> Attend:
         raise NotInstalled(package, ", ".join(found))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v)
+        out = function(q, k, v, **options)
         return out if isinstance(out, Tensor) else out[0]  # flash4, and flash3 until 2025, return (out, lse)
 
     return attend
