@@ -258,7 +258,8 @@ def test_fused_codes_are_multiplied_on_a_gpu(operation: str, out: int, width: in
     """Triton's codes by `torch._scaled_mm`, where LongLive-1.3B's feed-forward and attention end."""
     from workers.models.triton_kernels import TRITON
 
-    x, weight, bias = (numbers(*size).to("cuda", torch.bfloat16) for size in ((4680, width), (out, width), (out,)))
+    sizes = ((4680, width), (out, width), (out,))
+    x, weight, bias = (numbers(*size, seed=i).to("cuda", torch.bfloat16) for i, size in enumerate(sizes))
     made, defined = (
         Fp8Linear(weight, bias, multiply)(getattr(kernels.fp8, operation)(x))
         for kernels, multiply in ((TRITON, scaled_mm), (TORCH, multiply_codes))

@@ -34,6 +34,7 @@ from workers.inputs import noise_source
 from workers.models.checkpoint import load_transformer
 from workers.models.denoise import LatentHistory, Rollout
 from workers.models.execution import choose_passes
+from workers.models.graphs import give_back_unused
 from workers.models.noise import DrawnNoise, NoiseSource
 from workers.ports import RingReader, RingWriter, Send
 from workers.prompt_queue import Apply, Keep, PromptQueue, Wait
@@ -123,8 +124,11 @@ class DenoiserStage:
     def warm_up(self) -> float:
         """Milliseconds of a block with a full window, on scratch state that is dropped afterwards."""
         if self._adaptive is None:
-            return self._warm_up_passes()
-        return self._adaptive.warm_up(self._rollout, self._warm_up_passes, self._also_note)
+            block_ms = self._warm_up_passes()
+        else:
+            block_ms = self._adaptive.warm_up(self._rollout, self._warm_up_passes, self._also_note)
+        give_back_unused(self._device)
+        return block_ms
 
     def _also_note(self, line: str) -> None:
         self.note = f"{self.note}; {line}"

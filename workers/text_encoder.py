@@ -16,6 +16,7 @@ from ipc.messages import EmbedsReady, EncodePrompt, Message, PromptDropped, Prom
 from ipc.tensor_ring import Slots
 from workers.inputs import given_embeds
 from workers.models.checkpoint import load_text_encoder, load_tokenizer
+from workers.models.graphs import give_back_unused
 from workers.models.prompt_text import clean
 from workers.ports import RingWriter, Send
 from workers.prompt_cache import PromptCache
@@ -62,6 +63,7 @@ class TextEncoderStage:
     def warm_up(self) -> None:
         """Encodes a few tokens once; a block costs this stage nothing."""
         self._encode([0, 1, 2, 3])
+        give_back_unused(self._device)
 
     def receive(self, message: Message) -> None:
         """Checks a prompt at once, so that one that cannot be used never supersedes another."""

@@ -16,6 +16,7 @@ from ipc.tensor_ring import Slots
 from workers.device_timer import device_timer, wait
 from workers.latents_source import LatentsSource
 from workers.models.execution import choose_frame_stream
+from workers.models.graphs import give_back_unused
 from workers.ports import RingReader, RingWriter, Send
 from workers.stage import IDLE_WAIT_S
 
@@ -79,6 +80,7 @@ class VaeDecoderStage:
             self._stream.decode(latent).cpu()
         elapsed_ms = (time.monotonic_ns() - began) / 1e6
         self._stream.begin()
+        give_back_unused(self._device)
         return elapsed_ms
 
     def receive(self, message: Message) -> None:

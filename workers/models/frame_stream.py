@@ -47,8 +47,8 @@ class FrameStream:
 
     @torch.inference_mode()
     def record_all(self) -> None:
-        """Records both ways; what was decoded before is forgotten."""
-        for first in (True, False):
+        """Records both ways, the larger first; what was decoded before is forgotten."""
+        for first in (False, True):
             self._replay(first)
         self.begin()
 

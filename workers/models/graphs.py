@@ -21,6 +21,13 @@ _CAPTURING = threading.Lock()
 (synchronising the device; CUDA programming guide, stream capture, prohibited and unhandled operations)."""
 
 
+def give_back_unused(device: torch.device) -> None:
+    """Gives the driver what loading and recording left in torch's allocator: other processes share the GPU."""
+    if device.type == "cuda":
+        with _CAPTURING, torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
 def run_directly(function: Callable[[], None]) -> Replay:
     """Records nothing: the function itself, for a CPU."""
     return function

@@ -95,11 +95,15 @@ class StaticPasses:
         self._on_pass()
 
     def record_all(self) -> None:
-        """Records every pass that a stream can meet, for every length of prompt; leaves the buffers as it likes."""
+        """Records every pass that a stream can meet, for every length of prompt; leaves the buffers as it likes.
+
+        The largest come first: graphs share memory, and what one has left free is cut up for smaller ones alone.
+        """
         static = self.static
         static.slots.zero_()  # a slot that every shape may write to, whatever a stream left there
-        for text_keys in static.text.lengths:
-            for plan, denoises in all_plans(self.stream):
+        plans = sorted(all_plans(self.stream), key=lambda each: -len(each[0].slots))
+        for plan, denoises in plans:
+            for text_keys in reversed(static.text.lengths):
                 shape = self._shape(plan, text_keys)
                 for kind in (*range(len(static.sigmas)), "remember") if denoises else ("remember",):
                     self._replay(kind, shape)
