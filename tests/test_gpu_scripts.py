@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu" / "microbench.py"
 EXPECTED = {
     "env": ["torch", "commit"],
     "ceilings": ["float32, 64 cubed", "e4m3, 64 cubed, one scale", "copy of 0.06 MiB"],
-    "attention": ["flash3", "flash3 in FP8", "sdpa, 6 queries, 24 keys", "math, 18 queries, 18 keys"],
+    "attention": ["flash3", "flash3 in e4m3", "sdpa, 6 queries, 24 keys", "math, 18 queries, 18 keys"],
     "gemm": ["ffn up, 6 rows, float32 with bias, ends with gelu", "ffn down, 18 rows, e4m3"],
     "elementwise": ["gate_norm_modulate, rows in e4m3, triton", "write_qkv, torch", "write_qkv, kept in int8, triton"],
     "noise": ["a block's noise drawn on the host", "replay against eager", "replay against replay"],

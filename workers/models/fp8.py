@@ -46,6 +46,11 @@ def multiply_codes(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) ->
     return torch.addcmul(bias.float(), product * x.scale, weight.scale.t()).to(dtype)
 
 
+FAST_SUMS = 2048
+"""Products summed at most in the accumulators of Hopper's FP8 units, which hold some 14 bits. Over 8,960 that do not
+cancel a sum came out 6 to 9 % off on an H100, over 1,536 less than 1 %; in float32 below 0.2 %, for a tenth more time."""
+
+
 def scaled_mm(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The same by `torch._scaled_mm`, where a device has it."""
     fused = None if dtype == torch.float32 else bias  # on CUDA a float32 result takes no bias
@@ -56,7 +61,7 @@ def scaled_mm(x: Codes, weight: Codes, bias: Tensor, dtype: torch.dtype) -> Tens
         scale_b=weight.scale.t(),
         bias=fused,
         out_dtype=dtype,
-        use_fast_accum=True,
+        use_fast_accum=x.codes.shape[1] <= FAST_SUMS,
     )
     return y + bias if fused is None else y
 

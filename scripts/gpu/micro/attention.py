@@ -1,28 +1,23 @@
 """Attention of one layer: every backend at every length of the window, the recache, the prompt, and in FP8."""
 
-import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from gpu.micro.bench import Bench, off_by
-from workers.models.attention import CHECKED_ROWS, PACKAGES, TRIED, Attend, Unavailable, backend
-from workers.models.fp8 import E4M3
-from workers.models.kernels import LARGEST
+from workers.models.attention import CHECKED_ROWS, TRIED, Attend, Unavailable, backend
+from workers.models.fp8_attention import SPLITS, flash3
+from workers.models.kernels import E4M3, rounded
 from workers.models.static import PADDING_KEYS, TextKV, attention, padding_biases
-
-ALSO_FLASH3 = "fa3_fwd_interface"
-"""The module of PyPI's fa3-fwd, which is FlashAttention-3 under another name."""
 
 
 def run(bench: Bench) -> None:
     """Self-attention, then cross-attention."""
     backends = _installed(bench)
-    fp8 = _flash3_fp8(bench)
+    fp8 = _in_fp8(bench)
     for queries, keys in sizes(bench):
         q, k, v = (_drawn(bench, length) for length in (queries, keys, keys))
         rows = torch.linspace(0, queries - 1, min(CHECKED_ROWS, queries)).long().to(bench.device)
@@ -35,12 +30,10 @@ def run(bench: Bench) -> None:
             # All logits of `math` lie in memory: a graph would hold them twice.
             bench.measure(f"{name}, {what}", [call], flops=flops, error=error, graph=name != "math")
             bench.give_back()
-        if fp8 is not None:
-            (q8, q_scale), (k8, k_scale), (v8, v_scale) = (coded(x) for x in (q, k, v))
-            call = partial(fp8, q8, k8, v8, q_descale=q_scale, k_descale=k_scale, v_descale=v_scale)
-            error = partial(_off, lambda call=call: _tensor(call()), rows, exact)
-            note = "e4m3, a scale for each head; quantising not counted"
-            bench.measure(f"flash3 in FP8, {what}", [call], flops=flops, error=error, note=note)
+        for name, attend in fp8.items():
+            call = partial(attend, *(rounded(x, E4M3) for x in (q, k, v)))
+            error = partial(_off, call, rows, exact)
+            bench.measure(f"{name}, {what}", [call], flops=flops, error=error, note="rounding to e4m3 not counted")
     _cross(bench)
 
 
@@ -59,48 +52,27 @@ def in_float32(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> T
     return torch.einsum("hqk,khd->qhd", logits.softmax(-1), v.float())
 
 
-def coded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [1, L, heads, head_dim] in e4m3 and what each head was divided by, [1, heads] float32."""
-    scale = x.float().abs().amax((0, 1, 3)) / LARGEST[E4M3]
-    return (x.float() / scale[:, None]).to(E4M3), scale[None]
-
-
-def flash3_module(name: str) -> ModuleType:
-    """Imports a module, or fa3-fwd's where FlashAttention-3 is asked for and not there."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        if name != PACKAGES["flash3"][0]:
-            raise
-        return importlib.import_module(ALSO_FLASH3)
-
-
 def _installed(bench: Bench) -> dict[str, Attend]:
     """Calls of the backends that are there by name; a row for each that is not."""
     found = {}
     for name in (*TRIED, "math"):
         try:
-            found[name] = backend(name, bench.device, bench.dtype, flash3_module)
+            found[name] = backend(name, bench.device, bench.dtype)
         except Unavailable as problem:
             bench.add(f"{name}", note=f"not measured: {problem}")
     return found
 
 
-def _flash3_fp8(bench: Bench) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
-    """FlashAttention-3's function where it is installed; else a row."""
-    name = "flash3 in FP8"
-    if not bench.on_gpu:
-        bench.add(name, note="not measured: needs a CUDA device")
-        return None
+def _in_fp8(bench: Bench) -> dict[str, Attend]:
+    """The ways of the runtime to attend in e4m3, by name; a row where there is none."""
     try:
-        module = flash3_module(PACKAGES["flash3"][0])
-    except ImportError as error:
-        bench.add(name, note=f"not measured: needs {PACKAGES['flash3'][1]} or fa3-fwd: {error}")
-        return None
-    where = "" if module.__name__ == PACKAGES["flash3"][0] else ", which model.attention does not look for"
-    bench.add("flash3", note=f"is {module.__name__}{where}")
-    function: Callable[..., Tensor | tuple[Tensor, ...]] = module.flash_attn_func
-    return function
+        return {
+            "flash3 in e4m3" + (f", {splits} parts" if splits else ""): flash3(bench.device, bench.dtype, splits=splits)
+            for splits in SPLITS
+        }
+    except Unavailable as problem:
+        bench.add("flash3 in e4m3", note=f"not measured: needs FlashAttention-3 on a Hopper GPU, found {problem}")
+        return {}
 
 
 def _cross(bench: Bench) -> None:
@@ -133,7 +105,3 @@ def _drawn(bench: Bench, length: int) -> Tensor:
 
 def _off(call: Callable[[], Tensor], rows: Tensor, exact: Tensor) -> float:
     return off_by(call()[0, rows], exact)
-
-
-def _tensor(out: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return out if isinstance(out, Tensor) else out[0]
