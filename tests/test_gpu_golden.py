@@ -11,9 +11,9 @@ from test_static_vae import frames_of
 from test_vae import config_of, decode_all, with_golden_weights
 from torch import Tensor
 
-from configs.load import load_preset
+from configs.load import load_config, load_preset
 from configs.schema import RuntimeConfig, TextEncoderConfig
-from workers.models.checkpoint import load_transformer
+from workers.models.checkpoint import load_text_encoder, load_transformer
 from workers.models.denoise import Rollout
 from workers.models.execution import choose_passes, choose_vae_kernels
 from workers.models.static_vae import StaticVae
@@ -109,3 +109,16 @@ def test_embeds_equal_the_reference(path: Path) -> None:
         embeds = encoder.to(GPU, dtype)(ids.to(GPU), mask.to(GPU))
         off[dtype] = relative_error(embeds.float().cpu(), expected)
         assert off[dtype] <= (FLOAT32 if dtype == torch.float32 else TIMES_PLAIN * on_cpu)
+
+
+def test_the_text_encoders_table_stays_in_host_memory() -> None:
+    """Embeddings are those of a CPU."""
+    model = load_config("pocket").model
+    on_gpu, on_cpu = load_text_encoder(model, GPU), load_text_encoder(model, torch.device("cpu"))
+    places = {name: tensor.device.type for name, tensor in on_gpu.model.state_dict().items()}
+    assert {name for name, place in places.items() if place == "cpu"} == {
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+    }
+    ids = torch.tensor([5, 9, 2, 77])
+    assert relative_error(on_gpu.encode(ids.to(GPU)).cpu(), on_cpu.encode(ids)) <= FLOAT32

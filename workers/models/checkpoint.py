@@ -95,14 +95,15 @@ def vae_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder":
-    """UMT5 in `model.text_dtype`. Raises CheckpointError, ConfigError."""
+    """UMT5 in `model.text_dtype`, its table of tokens in host memory. Raises CheckpointError, ConfigError."""
     from workers.models.umt5 import TextEncoder, translation
 
     encoder = _on_meta(lambda: TextEncoder(model.text_encoder))
     file = _file(model, "text encoder", model.files.text_encoder, text_encoder_shapes(encoder))
     dtype = getattr(torch, model.text_dtype)
     for ours, theirs in translation(model.text_encoder.num_layers).items():
-        _set(encoder.model, theirs, _placed(file, ours, device, dtype))
+        place = CPU if theirs == "shared.weight" else device
+        _set(encoder.model, theirs, _placed(file, ours, place, dtype))
     return _ready(encoder)
 
 

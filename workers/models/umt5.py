@@ -34,7 +34,8 @@ def translation(layers: int) -> dict[str, str]:
 
 
 class TextEncoder(nn.Module):
-    """Embeds token ids."""
+    """Embeds token ids. Its table of tokens may lie in host memory while its layers are on a GPU: a prompt needs few of
+    its rows, and UMT5-XXL's are 2 GiB in bfloat16."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -56,7 +57,10 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids and mask [B, L] -> embeds [B, L, dim], zero where the mask is."""
-        embeds = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        layers = self.model.encoder.final_layer_norm.weight.device
+        tokens = self.model.shared(ids.to(self.model.shared.weight.device)).to(layers)
+        mask = mask.to(layers)
+        embeds = self.model(inputs_embeds=tokens, attention_mask=mask).last_hidden_state
         return embeds * mask[..., None].to(embeds.dtype)
 
     def encode(self, ids: Tensor) -> Tensor:
