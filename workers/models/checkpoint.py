@@ -102,7 +102,7 @@ def load_text_encoder(model: ModelConfig, device: torch.device) -> "TextEncoder"
     file = _file(model, "text encoder", model.files.text_encoder, text_encoder_shapes(encoder))
     dtype = getattr(torch, model.text_dtype)
     for ours, theirs in translation(model.text_encoder.num_layers).items():
-        place = CPU if theirs == "shared.weight" else device
+        place = torch.device("cpu") if theirs == "shared.weight" else device
         _set(encoder.model, theirs, _placed(file, ours, place, dtype))
     return _ready(encoder)
 
