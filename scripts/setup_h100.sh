@@ -3,12 +3,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-HELP="usage: scripts/setup_h100.sh [--flash] [--torch-index URL] [--skip-tests] [--help]
+HELP="usage: scripts/setup_h100.sh [--flash] [--flash3] [--torch-index URL] [--skip-tests] [--help]
 
 Checks driver, GPU and Python, makes .venv at the versions of constraints.txt (torch from PyPI, which is built for CUDA),
 runs the tests that need a GPU, and says how to get the published weights. A second run skips what is there.
 
   --flash            also builds flash-attn 2, which needs nvcc and takes long
+  --flash3           also installs fa3-fwd, FlashAttention-3 for Hopper GPUs and CUDA 13: the fastest attention there
   --torch-index URL  package index for torch alone, where the driver is too old for PyPI's CUDA
   --skip-tests       no tests
   --help             this"
@@ -21,19 +22,27 @@ GPU_TESTS=(
     tests/test_cuda_ipc.py::test_real_memory_crosses_a_process
     tests/test_fp8.py::test_fused_codes_are_multiplied_on_a_gpu
     tests/test_fp8.py::test_scaled_mm_is_taken_on_a_gpu
+    tests/test_fp8_attention.py::test_flash3_in_fp8_is_right_on_a_gpu
+    tests/test_fp8_attention.py::test_passes_by_flash3_are_near_the_definition
+    tests/test_gpu_golden.py::test_a_stream_in_float32_equals_the_reference
+    tests/test_gpu_golden.py::test_a_stream_in_bfloat16_is_as_near_as_the_plain_way
+    tests/test_gpu_golden.py::test_pixels_equal_the_reference
+    tests/test_gpu_golden.py::test_embeds_equal_the_reference
+    tests/test_gpu_golden.py::test_the_text_encoders_table_stays_in_host_memory
     tests/test_tensor_ring.py::test_on_a_gpu_completion_follows_the_work_in_order
     tests/test_triton_kernels.py::test_a_product_that_ends_with_gelu
 )
 
 main() {
-    local flash='' tests=yes
+    local flash='' flash3='' tests=yes
     while (($#)); do
         case $1 in
             --flash) flash=yes ;;
+            --flash3) flash3=yes ;;
             --torch-index) export LONGLIVE_TORCH_INDEX=${2:?--torch-index: found nothing, expected a URL}; shift ;;
             --skip-tests) tests='' ;;
             --help | -h) printf '%s\n' "$HELP"; return ;;
-            *) fail "found $1, expected one of --flash, --torch-index, --skip-tests, --help" ;;
+            *) fail "found $1, expected one of --flash, --flash3, --torch-index, --skip-tests, --help" ;;
         esac
         shift
     done
@@ -41,6 +50,7 @@ main() {
     scripts/setup
     look_at_torch
     [[ -z $flash ]] || build_flash
+    [[ -z $flash3 ]] || .venv/bin/python -m pip install --disable-pip-version-check --no-deps 'fa3-fwd>=0.0.3'
     [[ -z $tests ]] || TRITON_INTERPRET=0 .venv/bin/python -m pytest -q "${GPU_TESTS[@]}"
     say_what_next
 }
