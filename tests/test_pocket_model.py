@@ -3,6 +3,8 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +39,26 @@ def maker() -> Iterator[Bare]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def scores(maker: Bare) -> Scores:
-    """Eight streams of held-out captions; prompt switches of every kind at block 5, one at block 20."""
-    scores = Scores()
-    fresh_streams(scores, maker.make, SEED, 8, silent, blocks=5)
-    switches(scores, maker.make, SEED, 4, silent, SWITCHED_AT[:1])
-    switches(scores, maker.make, SEED + 1, 1, silent, SWITCHED_AT[1:])
+def measured(part: str) -> Scores:
+    """Eight streams of held-out captions; prompt switches of every kind at block 5, one at block 20; or three clips."""
+    torch.set_num_threads(1)
+    scores, make = Scores(), Bare().make
+    if part == "streams":
+        fresh_streams(scores, make, SEED, 8, silent, blocks=4)
+    elif part == "switches":
+        switches(scores, make, SEED, 4, silent, SWITCHED_AT[:1])
+        switches(scores, make, SEED + 1, 1, silent, SWITCHED_AT[1:])
+    else:
+        vae_quality(scores, load_config("pocket"), VAE_SEED, 3, silent)
     return scores
+
+
+@pytest.fixture(scope="module")
+def scores() -> Scores:
+    """All parts, two at a time: each computes in one thread."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parts = [scores.values for scores in pool.map(measured, ("switches", "streams", "vae"))]
+    return Scores({name: values for part in parts for name, values in part.items()})
 
 
 @pytest.mark.parametrize(
@@ -60,11 +74,9 @@ def test_a_prompt_switch_is_on_screen_within_two_blocks(scores: Scores) -> None:
     assert scores.mean("switched at block 20") == 1
 
 
-def test_the_vae_keeps_pictures() -> None:
-    measured = Scores()
-    vae_quality(measured, load_config("pocket"), VAE_SEED, 3, silent)
-    assert measured.mean("VAE plain dB") >= 32
-    assert measured.mean("VAE textured dB") >= 28
+def test_the_vae_keeps_pictures(scores: Scores) -> None:
+    assert scores.mean("VAE plain dB") >= 32
+    assert scores.mean("VAE textured dB") >= 28
 
 
 def test_the_model_alone_makes_what_the_runtime_makes(maker: Bare) -> None:
