@@ -29,6 +29,7 @@ LAZY_PEER_ACCESS = 1
 
 
 INSTEAD = "set rings.latents_memory=host to pass latents through host memory"
+"""What a person can do where GPU memory cannot be shared."""
 
 
 class DriverError(RingError):

@@ -148,4 +148,4 @@ class TextEncoderStage:
 
     @torch.inference_mode()
     def _encode(self, ids: list[int]) -> Tensor:
-        return self._encoder.encode(torch.tensor(ids, device=self._device)).float().cpu()
+        return self._encoder.encode(torch.tensor(ids)).float().cpu()

@@ -50,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gpu.micro.machine import environment
     from gpu.micro.rows import write_json, write_markdown
 
-    if given.device != "cpu" and not torch.cuda.is_available():
-        print("--device: found no CUDA device, expected one; pass --device cpu --tiny to try it", file=sys.stderr)  # noqa: T201
+    known = {"cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))}
+    if given.device not in known or (given.device != "cpu" and not torch.cuda.is_available()):
+        wanted = "a CUDA device that is there; pass --device cpu --tiny to try it"
+        print(f"--device: found {given.device}, expected {wanted}", file=sys.stderr)  # noqa: T201
         return 2
     changes = [*FULL, f"device={given.device}", *(TINY if given.tiny else ())]
     bench = Bench(load_config("longlive-1.3b", [*changes, *(ON_CPU if given.device == "cpu" else ())]), _say)

@@ -394,9 +394,12 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="N,N", help="numbers of questions")
     parser.add_argument("--limit", type=float, default=90.0, metavar="SECONDS", help="for all of it")
     given = parser.parse_args()
-    numbers = [int(word) for word in given.only.split(",") if word] or list(QUESTIONS)
-    if unknown := set(numbers) - QUESTIONS.keys():
-        parser.error(f"--only: found {min(unknown)}, expected numbers from 1 to {len(QUESTIONS)}")
+    asked = [word.strip() for word in given.only.split(",") if word.strip()]
+    if unknown := [word for word in asked if word not in map(str, QUESTIONS)]:
+        parser.error(f"--only: found {unknown[0]}, expected numbers from 1 to {len(QUESTIONS)}")
+    numbers = [int(word) for word in asked] or list(QUESTIONS)
+    if given.json and not given.json.parent.is_dir():
+        parser.error(f"--json: found no folder {given.json.parent}, expected one")
     deadline = Deadline(given.limit)
     with ExitStack() as stack:
         lab = Lab(deadline)

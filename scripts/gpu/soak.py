@@ -63,13 +63,16 @@ def main() -> None:
     parser.add_argument("--no-file", action="store_true", help="make no video")
     parser.add_argument("--json", type=Path, help="file for what was measured")
     given = parser.parse_args()
+    if given.json is not None and (given.json.is_dir() or not given.json.parent.is_dir()):
+        parser.error(f"--json {given.json}: expected a file in a folder that is there")
+    if given.out.exists() and not given.out.is_dir():
+        parser.error(f"--out {given.out}: found a file, expected a folder")
     try:
         report = soak(given)
     except LongLiveError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2 if isinstance(error, UserError) else 1)
     if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     print_report(report)
     sys.exit(1 if report["failed"] else 0)
@@ -124,7 +127,6 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
         "status": told,
         "blocks": len(rows),
         "block_ms": {kind: {n: d.model_dump() for n, d in found.items()} for kind, found in times.items()},
-        "host_launch_ms": None,
         "switches": len(switches),
         "switch_ms": summary.switch_times(switches),
         "memory": {name: {**asdict(flat), "growth_bytes": flat.growth_bytes} for name, flat in series.items()},

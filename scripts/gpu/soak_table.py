@@ -18,7 +18,6 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for table in (_blocks(report), _switches(report), _memory(report), _killed(report), _checks(report)):
         if table.row_count:
             console.print(table)
-    console.print("host time of a block spent launching: the runtime does not report it")
 
 
 def _blocks(report: dict[str, Any]) -> Table:

@@ -141,7 +141,7 @@ def _flash(name: str, load: Import, options: Mapping[str, object]) -> Attend:
     for module in modules:
         try:
             function = getattr(load(module), "flash_attn_func", None)
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # a library that is built for another torch does not load
             found.append(_line(error))
         else:
             if function is not None:

@@ -100,7 +100,7 @@ def choose_attend_fp8(
     """What attends to keys and values in e4m3; None where `attend: model` is better, on a GPU without the kernel."""
     chosen = choose_fp8_attention(model.attention.attend, model.device, model.dtype, size)
     if chosen.lack is not None:
-        needs = "FlashAttention-3 (flash_attn_interface or fa3-fwd) on a GPU of compute capability 9.0"
+        needs = "FlashAttention-3 (flash_attn_interface or fa3-fwd) on a GPU of compute capability 9.x"
         widened = f"values of e4m3 attended by {model.attention.name}, as inexact and not faster"
         warn(fallback("attend: fp8", needs, chosen.lack, "attend: model" if chosen.attend is None else widened))
     say(chosen.note)
@@ -175,6 +175,7 @@ def choose_frame_stream(
     kernels = choose_vae_kernels(config, device, warn)
     decoder: FrameDecoder
     if config.model.decoder == "tiny":
+        say(f"the tiny decoder, what lies between convolutions by {kernels.name}")
         decoder = StaticTinyVae(load_tiny_vae(config.model, device), *size, kernels)
     else:
         dtype = str(vae_dtype(config.model, device)).removeprefix("torch.")

@@ -116,7 +116,8 @@ def _turned(x, cos, sin, WIDTH: tl.constexpr):
 def _store_rounded(ptr, x, inside):
     """Stores float32 in what there is a place for; in e4m3 what is too large becomes the largest that it holds."""
     if ptr.dtype.element_ty == tl.float8e4nv:
-        x = tl.minimum(tl.maximum(x, -LARGEST_E4M3), LARGEST_E4M3)
+        x = tl.maximum(x, -LARGEST_E4M3, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, LARGEST_E4M3, propagate_nan=tl.PropagateNan.ALL)
     tl.store(ptr, x.to(ptr.dtype.element_ty), mask=inside)
 
 

@@ -1,8 +1,9 @@
-"""What lies between the VAE decoder's convolutions on a GPU, each as one function: plain PyTorch, the definition.
+"""What lies between convolutions on a GPU, in the VAE's decoder and the tiny one, each a function in plain PyTorch.
 
-Frames are [T, H, W, C], of one dtype. A convolution over three frames in time is one over an image with the channels of
-the three beside each other, and gives its output without its bias: whoever reads that output next adds it. PyTorch's
-operations round one by one, those of others may compute in float32 and round once. Knows no weights and no decoder.
+This is the definition. Frames are [T, H, W, C], of one dtype. A convolution over two or three frames in time is one
+over an image with their channels beside each other. The VAE's give their output without its bias: whoever reads that
+output next adds it. PyTorch's operations round one by one, those of others may compute in float32 and round once. Knows
+no weights and no decoder.
 """
 
 from collections.abc import Callable

@@ -34,10 +34,10 @@ ROUNDS, SLOW_ROUNDS, SLOW_MS = 9, 3, 1000.0
 
 
 def drawn_transformer(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> CausalWanTransformer:
-    """A transformer of random weights, drawn where they stay: on a CPU 1.4e9 numbers take half a minute."""
+    """A transformer of random weights in a dtype, where they stay."""
     with torch.device("meta"):
         model = CausalWanTransformer(config)
-    drawn = {name: draw(name, tensor.shape, 0, device).to(dtype) for name, tensor in model.state_dict().items()}
+    drawn = {name: draw(name, tensor.shape, 0, device, dtype) for name, tensor in model.state_dict().items()}
     model.load_state_dict(drawn, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gpu.micro.bench import Bench
-from workers.models.fp8 import E4M3, scaled_mm
+from workers.models.fp8 import E4M3
 from workers.models.kernels import quantised
 
 ROOT = Path(__file__).parents[3]
@@ -82,18 +82,11 @@ def ceilings(bench: Bench) -> None:
     dtype = str(bench.dtype).removeprefix("torch.")
     bench.measure(f"{dtype}, {size} cubed", [lambda: a @ b], flops=flops)
     x, weight, bias = quantised(a, E4M3), quantised(b, E4M3), bench.draw(size)
-    by_row = partial(scaled_mm, x, weight, bias, bench.dtype)
+    multiply = partial(torch._scaled_mm, x.codes, weight.codes.t(), out_dtype=bench.dtype, use_fast_accum=bench.on_gpu)
+    by_row = partial(multiply, scale_a=x.scale, scale_b=weight.scale.t(), bias=bias)
     bench.measure(f"e4m3, {size} cubed, scales by row, with bias", [by_row], flops=flops)
     one = torch.ones((), device=bench.device)
-    whole = partial(
-        torch._scaled_mm,
-        x.codes,
-        weight.codes.t(),
-        scale_a=one,
-        scale_b=one,
-        out_dtype=bench.dtype,
-        use_fast_accum=True,
-    )
+    whole = partial(multiply, scale_a=one, scale_b=one)
     bench.measure(f"e4m3, {size} cubed, one scale", [whole], flops=flops)
     source = bench.draw((COPIED if bench.on_gpu else TINY_COPIED) // bench.dtype.itemsize)
     target = torch.empty_like(source)
