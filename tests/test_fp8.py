@@ -27,7 +27,7 @@ from workers.models.fp8 import (
     multiply_codes,
     scaled_mm,
 )
-from workers.models.kernels import TORCH, Codes, quantised
+from workers.models.kernels import E4M3, TORCH, Codes, quantised
 from workers.models.noise import DrawnNoise
 from workers.models.passes import PlainPasses
 from workers.models.static_passes import StaticPasses
@@ -237,6 +237,20 @@ def test_what_cannot_be_is_refused_in_one_line(settings: list[str], said: str) -
     with pytest.raises(ConfigError, match=said) as caught:
         load_config("pocket", settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("width", "fast"), [(1536, True), (8960, False)])
+def test_long_sums_are_not_left_to_short_accumulators(width: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of LongLive-1.3B's linears the feed-forward's second is summed in float32."""
+    asked = []
+
+    def product(a: Tensor, b: Tensor, *, use_fast_accum: bool, **given: Any) -> Tensor:
+        asked.append(use_fast_accum)
+        return torch.zeros(len(a), b.shape[1])
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    scaled_mm(quantised(numbers(2, width), E4M3), quantised(numbers(4, width), E4M3), torch.zeros(4), torch.bfloat16)
+    assert asked == [fast]
 
 
 on_a_gpu = pytest.mark.skipif(

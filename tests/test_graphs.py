@@ -1,5 +1,8 @@
 """Capture and replay, on a fake of `torch.cuda`: what is recorded when, into which memory, and what a replay does."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import pytest
 import torch
 from fake_graphs import FakeCuda
@@ -39,6 +42,30 @@ def test_all_graphs_of_a_recorder_share_one_pool() -> None:
         record(lambda: None)
     other(lambda: None)
     assert cuda.log == [("capture", 1)] * 3 + [("capture", 2)]
+
+
+def test_stages_in_threads_record_one_at_a_time() -> None:
+    """What begins a capture synchronises the device, which another capture forbids."""
+    cuda, at_once = FakeCuda(), []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held() -> None:
+        at_once.append("in")
+        begun.set()
+        go_on.wait(10)
+        at_once.append("out")
+
+    def passed() -> None:
+        at_once.append("other")
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(CudaGraphs(CPU, cuda), held)
+        assert begun.wait(10)
+        second = threads.submit(CudaGraphs(CPU, cuda), passed)
+        assert not wait((second,), 0.2).done
+        go_on.set()
+        first.result(10), second.result(10)
+    assert at_once == ["in", "out"] * (WARM_UPS + 1) + ["other"] * (WARM_UPS + 1)
 
 
 def captures(cuda: FakeCuda) -> int:

@@ -4,7 +4,7 @@ The same slots as `kv_cache.CacheLayout` plans. Knows nothing of prompts, steps 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,24 @@ class LayerKV:
             mine.copy_(rounded(new, mine.dtype))
 
 
+class StoreSize(NamedTuple):
+    """What a store is for: the stream's slots, the transformer's layers and heads, tokens of a latent frame, where."""
+
+    stream: StreamConfig
+    layers: int
+    heads: int
+    head_dim: int
+    frame_tokens: int
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[layers, slots, block tokens, heads, head_dim]."""
+        stream = self.stream
+        tokens = stream.frames_per_block * self.frame_tokens
+        return (self.layers, stream.window_blocks, tokens, self.heads, self.head_dim)
+
+
 class KVStore:
     """Keys and values of all layers, as they are.
 
@@ -71,22 +89,12 @@ class KVStore:
         sink_dtype: of `sink_k`; `dtype` if not given.
     """
 
-    def __init__(
-        self,
-        stream: StreamConfig,
-        *,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        frame_tokens: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        sink_dtype: torch.dtype | None = None,
-    ) -> None:
-        shape = (layers, stream.window_blocks, stream.frames_per_block * frame_tokens, heads, head_dim)
+    def __init__(self, size: StoreSize, dtype: torch.dtype, sink_dtype: torch.dtype | None = None) -> None:
+        shape, device = size.shape, size.device
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.sink_k = torch.zeros((layers, stream.sink_blocks, *shape[2:]), device=device, dtype=sink_dtype or dtype)
+        sinks = (size.layers, size.stream.sink_blocks, *shape[2:])
+        self.sink_k = torch.zeros(sinks, device=device, dtype=sink_dtype or dtype)
         self.layers = [LayerKV(*parts) for parts in zip(self.k, self.v, self.sink_k, strict=True)]
 
     @property
@@ -153,28 +161,9 @@ class RoundedKVStore(KVStore):
         alone: each layer's part in passes of such a block.
     """
 
-    def __init__(
-        self,
-        stream: StreamConfig,
-        *,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        frame_tokens: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(
-            stream,
-            layers=layers,
-            heads=heads,
-            head_dim=head_dim,
-            frame_tokens=frame_tokens,
-            device=device,
-            dtype=E4M3,
-            sink_dtype=dtype,
-        )
-        seen = torch.zeros((2, *self.k.shape[2:]), device=device, dtype=dtype)
+    def __init__(self, size: StoreSize, dtype: torch.dtype) -> None:
+        super().__init__(size, E4M3, sink_dtype=dtype)
+        seen = torch.zeros((2, *self.k.shape[2:]), device=size.device, dtype=dtype)
         self.seen = seen[0], seen[1]
         self.alone = [AloneLayerKV(part.k, part.v, part.sink_k, self.seen) for part in self.layers]
         self.layers = [RoundedLayerKV(part.k, part.v, part.sink_k) for part in self.layers]
@@ -248,27 +237,9 @@ class QuantisedKVStore(KVStore):
     beside them.
     """
 
-    def __init__(
-        self,
-        stream: StreamConfig,
-        *,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        frame_tokens: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        code: torch.dtype,
-    ) -> None:
-        super().__init__(
-            stream,
-            layers=layers,
-            heads=heads,
-            head_dim=head_dim,
-            frame_tokens=frame_tokens,
-            device=device,
-            dtype=code,
-        )
+    def __init__(self, size: StoreSize, dtype: torch.dtype, code: torch.dtype) -> None:
+        super().__init__(size, code)
+        device = size.device
         self.k_scale, self.v_scale, self.sink_scale = (
             torch.zeros((*codes.shape[:-1], 1), device=device) for codes in (self.k, self.v, self.sink_k)
         )
@@ -302,10 +273,10 @@ def _bytes(values: Tensor) -> Tensor:
 
 
 def new_store(kind: StoreKind, stream: StreamConfig, dtype: torch.dtype, **sizes: int | torch.device) -> KVStore:
-    """The store of a kind; sizes as of `KVStore`."""
+    """The store of a kind; sizes as of `StoreSize`."""
+    size = StoreSize(stream, **sizes)  # type: ignore[arg-type]
     if kind == "attended":
-        return RoundedKVStore(stream, dtype=dtype, **sizes)  # type: ignore[arg-type]
+        return RoundedKVStore(size, dtype)
     if kind == "model":
-        return KVStore(stream, dtype=dtype, **sizes)  # type: ignore[arg-type]
-    code = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
-    return QuantisedKVStore(stream, dtype=dtype, code=code, **sizes)  # type: ignore[arg-type]
+        return KVStore(size, dtype)
+    return QuantisedKVStore(size, dtype, {"int8": torch.int8, "fp8": E4M3}[kind])
