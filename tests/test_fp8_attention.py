@@ -343,13 +343,13 @@ def test_a_lack_is_one_warning_and_the_run_goes_on(monkeypatch: pytest.MonkeyPat
     passes = choose_passes(tiny_config(ATTEND), model, warn=said.append)
     needs = "execution.attend: fp8 needs FlashAttention-3 (flash_attn_interface or fa3-fwd) on a GPU of compute"
     instead = "used instead: values of e4m3 attended by sdpa, as inexact and not faster"
-    assert said == [f"{needs} capability 9.0, found cpu; {instead}"]
+    assert said == [f"{needs} capability 9.x, found cpu; {instead}"]
     assert isinstance(passes, StaticPasses) and isinstance(passes.static.store, RoundedKVStore)
     left = fp8_attention.Fp8Attention(None, "compute capability 8.9", "self-attention not in fp8")
     monkeypatch.setattr(execution, "choose_fp8_attention", lambda *given: left)
     exact, said[:] = choose_passes(tiny_config(), model), []
     passes = choose_passes(tiny_config(ATTEND), model, warn=said.append, beside=[exact])
-    assert said == [f"{needs} capability 9.0, found compute capability 8.9; used instead: attend: model"]
+    assert said == [f"{needs} capability 9.x, found compute capability 8.9; used instead: attend: model"]
     assert passes.layers[0].k.data_ptr() == exact.layers[0].k.data_ptr()
 
 
