@@ -192,16 +192,18 @@ def switches(
     say: Progress,
     places: Sequence[int] = SWITCHED_AT,
     at_once: int = 1,
+    looked_at: int = AFTER_SWITCH,
 ) -> None:
     """Streams with one prompt switch that changes one thing: is it on screen soon, and does the rest stay.
 
     All kinds of change at the first of `places` come before those at the next; `at_once` are made at a time.
+    `looked_at` blocks are judged from the switch on.
     """
     rng, changes, wanted = np.random.default_rng((seed, 3)), [], []
     for number, change in enumerate(_switched_scenes(rng, count, places)):
         _, at, before, after = change
         changes.append(change)
-        wanted.append(([phrase(before, rng), phrase(after, rng)], at + AFTER_SWITCH, seed * 1000 + 500 + number, (at,)))
+        wanted.append(([phrase(before, rng), phrase(after, rng)], at + looked_at, seed * 1000 + 500 + number, (at,)))
     for number, (change, video) in enumerate(zip(changes, made(make, wanted, at_once), strict=True)):
         (what, at, before, after), prompts, seen = change, wanted[number][0], by_block(video)
         soon = first_shown(what, after, seen, at)
