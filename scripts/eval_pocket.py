@@ -20,7 +20,18 @@ from rich.table import Table
 
 from configs.load import load_config
 from pocket.ablations import ablations
-from pocket.evaluation import Scores, drift, fresh_streams, judge_accuracy, switches, vae_quality
+from pocket.evaluation import (
+    AFTER_SWITCH,
+    MOTION_BLOCKS,
+    SOON,
+    SWITCHED_AT,
+    Scores,
+    drift,
+    fresh_streams,
+    judge_accuracy,
+    switches,
+    vae_quality,
+)
 from pocket.videos import Bare, Runtime
 
 LEAST = {
@@ -37,6 +48,10 @@ LEAST = {
 }
 WITHIN = {"sharpness, last 10 s / first": 0.10, "change at block edges / elsewhere": 0.05}
 """How far from 1."""
+WHOLE = ((100, 60, 10), 80, SWITCHED_AT, AFTER_SWITCH)
+"""Streams, switches and long streams; clips of the VAE; where prompts are switched; blocks looked at from there."""
+QUICK = ((14, 20, 0), 12, 4 * SWITCHED_AT[:1] + SWITCHED_AT[1:], SOON + MOTION_BLOCKS)
+"""Four switches of twenty come late, and are looked at for as few blocks as can tell a motion in time."""
 DRIFT = 0.05
 """How much less a score of the last 10 s may be than that of the first."""
 
@@ -60,7 +75,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a fresh sample, in ten minutes on two cores")
     parser.add_argument("--ablations", action="store_true", help="the table of docs/pocket.md instead")
     parser.add_argument("--seed", type=int, default=0, help="of captions and streams")
-    parser.add_argument("--captions", type=int, help="streams of 10 s; else 100, with --quick 16")
+    parser.add_argument("--captions", type=int, help="streams of 10 s; else 100, with --quick 14")
     parser.add_argument("--switches", type=int, help="prompt switches; else 60, with --quick 20")
     parser.add_argument("--drifts", type=int, help="streams of 3 minutes; else 10, with --quick none")
     parser.add_argument("--bare", action="store_true", help="without processes and ffmpeg: the same frames, sooner")
@@ -77,7 +92,7 @@ def main() -> int:
     if given.ablations:
         console.print(ablations(given.config, given.set, given.seed, say))
         return 0
-    defaults = (16, 20, 0) if given.quick else (100, 60, 10)
+    defaults, clips, places, looked_at = QUICK if given.quick else WHOLE
     asked = (given.captions, given.switches, given.drifts)
     captions, changes, drifts = (d if a is None else a for a, d in zip(asked, defaults, strict=True))
     scores = Scores()
@@ -85,9 +100,9 @@ def main() -> int:
     console.print(table(scores, "The judge, on rendered videos"))
     maker = (Bare if given.bare else Runtime)(given.config, tuple(given.set))
     fresh_streams(scores, maker.make, given.seed, captions, say, at_once=maker.at_once)
-    switches(scores, maker.make, given.seed, changes, say, at_once=maker.at_once)
+    switches(scores, maker.make, given.seed, changes, say, places, maker.at_once, looked_at)
     drift(scores, maker.make, given.seed, drifts, say, at_once=maker.at_once)
-    vae_quality(scores, load_config(given.config, given.set), given.seed, 20 if given.quick else 80, say)
+    vae_quality(scores, load_config(given.config, given.set), given.seed, clips, say)
     console.print(table(scores, f"{given.config}, seed {given.seed}, {time.monotonic() - began:.0f} s"))
     if given.report:
         given.report.write_text(json.dumps(scores.summary(), indent=2) + "\n", encoding="utf-8")
