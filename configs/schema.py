@@ -312,8 +312,12 @@ class StageConfig(Part):
 
 
 class StagesConfig(Part):
-    """Settings of the three model stages."""
+    """Settings of the three model stages.
 
+    `mps`: whether processes that share a GPU do so at once, through CUDA's multi-process service, or in turns.
+    """
+
+    mps: Switch = "auto"
     text_encoder: StageConfig = StageConfig()
     denoiser: StageConfig = StageConfig()
     vae_decoder: StageConfig = StageConfig()

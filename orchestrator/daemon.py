@@ -47,13 +47,14 @@ from ipc.messages import (
 )
 from ipc.processes import own_resident_bytes
 from orchestrator.gateway import ClientDesk
+from orchestrator.mps import Mps, begin_where_shared, own_environment
 from orchestrator.plan import Reporter, RunPlan, RunSummary
 from orchestrator.prompting import Prompting
 from orchestrator.restarts import RestartBudget
 from orchestrator.rings import RingHouse
 from orchestrator.run_directory import CONTROL, EVENTS_SOCKET, RunDirectory
 from orchestrator.signals import SignalWatch
-from orchestrator.supervisor import Supervisor, Worker
+from orchestrator.supervisor import Supervisor, Worker, worker_groups
 from orchestrator.telemetry import Telemetry
 from workers.spec import RunLimits
 
@@ -119,7 +120,9 @@ class Daemon:
         self._signals = SignalWatch()
         stack.callback(self._signals.close)
         limits = _limits(config, plan)
-        self._supervisor = Supervisor(config, directory.path, self._rings, limits, plan.log)
+        self._supervisor = Supervisor(config, directory.path, self._rings, limits, plan.log, self._worker_environment)
+        self._mps: Mps | None = None
+        self._stack, self._directory = stack, directory
         self._telemetry = Telemetry(config, clock())
         self._prompts = Prompting(config, limits.blocks, self._desk, self._send, clock)
         self._restarts = RestartBudget()
@@ -172,9 +175,17 @@ class Daemon:
             self._send("denoiser", Drain())
 
     def _begin(self) -> None:
+        groups = worker_groups(self._config).values()
+        self._mps = begin_where_shared(self._config, groups, self._directory.path, own_environment(), self._warn)
+        if self._mps is not None:
+            self._stack.callback(self._mps.end)
+            self._reporter.note("processes share the GPU through CUDA's multi-process service")
         self._supervisor.start()
         self._note_pids()
         self._prompts.plan(self._plan.prompts, given=self._plan.inputs is not None)
+
+    def _worker_environment(self) -> dict[str, str]:
+        return {} if self._mps is None else self._mps.for_worker()
 
     def _turn(self) -> None:
         poller = zmq.Poller()

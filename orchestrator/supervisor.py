@@ -65,6 +65,7 @@ class Supervisor:
     """All worker processes of a run.
 
     Args:
+        environment: variables of the next worker, beside this process's.
         clock: monotonic nanoseconds.
     """
 
@@ -75,6 +76,7 @@ class Supervisor:
         rings: RingHouse,
         limits: RunLimits,
         log: Path | None,
+        environment: Callable[[], dict[str, str]] = dict,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._config = config
@@ -82,6 +84,7 @@ class Supervisor:
         self._rings = rings
         self._limits = limits
         self._log = log
+        self._environment = environment
         self._clock = clock
         self._groups = worker_groups(config)
         self.workers: dict[str, Worker] = {}
@@ -104,6 +107,7 @@ class Supervisor:
             history=self._rings.history,
             limits=self._limits,
             log=self._log,
+            environment=self._environment(),
         )
         process = multiprocessing.get_context("spawn").Process(
             target=worker_process.main, args=(spec,), name=f"longlive-{name}", daemon=True

@@ -1,8 +1,9 @@
 """For `orchestrator bench roofline`: operations and bytes of a block, the device's ceilings, share of the limit.
 
-Counted, by `counting.py`, is what the shipped path dispatches with a full window, with graphs and compiled pieces off
-so that each operation is seen; measured is the path as configured, each stage alone. The rates are the device's own,
-of a large product and of a large copy. Prints JSON.
+Counted, by `counting.py`, are the products, convolutions and attentions that the shipped path dispatches with a full
+window, with graphs and fused kernels off so that each is seen; what lies between them can be fused into them and counts
+nothing, so that no way of computing is faster than the limit. Measured is the path as configured, each stage alone. The
+rates are the device's own, of a large product and of a large copy. Prints JSON.
 """
 
 import argparse
@@ -60,10 +61,10 @@ def roofline(config: RuntimeConfig, repeats: int) -> dict[str, Any]:
             {
                 "stage": stage,
                 "flops": counted.flops,
-                "bytes": counted.bytes,
+                "bytes": counted.product_bytes,
                 "measured_ms": measured,
-                "limit_ms": 1000 * counted.seconds,
-                "share": 1000 * counted.seconds / measured,
+                "limit_ms": 1000 * counted.product_seconds,
+                "share": 1000 * counted.product_seconds / measured,
             }
         )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

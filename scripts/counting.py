@@ -34,12 +34,14 @@ class Counted(TorchDispatchMode):
     Attributes:
         kernels, flops, bytes: of it all.
         seconds: what the rates allow, kernel after kernel.
+        product_bytes, product_seconds: of kernels with operations that count, products and attention; all others can
+            be fused into them.
     """
 
     def __init__(self, flops_per_s: float, bytes_per_s: float) -> None:
         super().__init__()
         self.kernels = 0
-        self.flops = self.bytes = self.seconds = 0.0
+        self.flops = self.bytes = self.seconds = self.product_bytes = self.product_seconds = 0.0
         self._rates = flops_per_s, bytes_per_s
         self._inside_one = False
 
@@ -66,7 +68,11 @@ class Counted(TorchDispatchMode):
         self.kernels += 1
         self.flops += flops
         self.bytes += moved
-        self.seconds += max(flops / self._rates[0], moved / self._rates[1])
+        seconds = max(flops / self._rates[0], moved / self._rates[1])
+        self.seconds += seconds
+        if flops:
+            self.product_bytes += moved
+            self.product_seconds += seconds
 
     @contextmanager
     def as_one(self) -> Iterator[None]:

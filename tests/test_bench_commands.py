@@ -206,8 +206,9 @@ def test_roofline_counts_what_is_dispatched(measure: Measure) -> None:
     assert {part.stage for part in found.parts} == {"denoiser", "vae_decoder"}
     for part in found.parts:
         assert part.flops > 1e6
-        assert part.bytes > 1e6
+        assert part.bytes > 1e5
         assert part.share == pytest.approx(part.limit_ms / part.measured_ms)
+        assert part.share < 1
 
 
 def test_all_has_every_part_and_every_plot(measure: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +328,7 @@ def test_the_schema_of_a_report_is_the_documented_one() -> None:
     `SCHEMA_VERSION` too."""
     documented = Path(__file__).parent.parent / "docs" / "report.schema.json"
     assert json.loads(documented.read_text(encoding="utf-8")) == Report.model_json_schema()
-    assert Report.model_json_schema()["properties"]["schema_version"]["const"] == SCHEMA_VERSION == 1
+    assert Report.model_json_schema()["properties"]["schema_version"]["const"] == SCHEMA_VERSION == 2
 
 
 def test_a_report_of_another_version_is_refused(measure: Measure, tmp_path: Path) -> None:
@@ -335,8 +336,8 @@ def test_a_report_of_another_version_is_refused(measure: Measure, tmp_path: Path
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {"python", "torch"} <= written["environment"]["software"]["versions"].keys()
     path = tmp_path / "other.json"
-    path.write_text(json.dumps(written | {"schema_version": 2}))
-    with pytest.raises(InputError, match="no report of schema version 1: schema_version"):
+    path.write_text(json.dumps(written | {"schema_version": 1}))
+    with pytest.raises(InputError, match="no report of schema version 2: schema_version"):
         read_report(path)
 
 

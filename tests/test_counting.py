@@ -75,6 +75,15 @@ def test_what_is_fused_is_one_kernel_of_its_ends() -> None:
     assert (tally.kernels, tally.bytes) == (1, 2 * x.nbytes)
 
 
+def test_what_can_be_fused_into_products_is_told_apart() -> None:
+    x, weight = torch.zeros(10, 32), torch.zeros(64, 32)
+    tally = counted(lambda: F.silu(F.linear(x, weight)) + 1)
+    product = 4 * (10 * 32 + 64 * 32 + 10 * 64)
+    assert tally.product_bytes == product < tally.bytes
+    assert tally.product_seconds == pytest.approx(2 * 10 * 32 * 64 / 1e9)
+    assert tally.product_seconds < tally.seconds
+
+
 def test_the_time_of_a_kernel_is_the_longer_of_its_two() -> None:
     tally = Counted(flops_per_s=10.0, bytes_per_s=100.0)
     tally.add(20.0, 100.0)

@@ -57,6 +57,29 @@ def test_memory_that_cannot_be_closed_does_not_keep_last_words_back(
     assert worker._context.closed
 
 
+def test_a_worker_has_its_variables_before_it_loads_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA reads them once, when it is first used."""
+    monkeypatch.delenv("LONGLIVE_TEST", raising=False)
+    seen = []
+
+    class Looks:
+        def __init__(self, spec: WorkerSpec) -> None:
+            seen.append(os.environ["LONGLIVE_TEST"])
+
+        def run(self) -> int:
+            return 0
+
+    spec = replace(spec_of(load_config("pocket"), tmp_path, "output"), environment={"LONGLIVE_TEST": "there"})
+    monkeypatch.setattr(process, "Worker", Looks)
+    for name in ("_end_with_parent", "_ignore_terminal_signals", "_start_log"):
+        monkeypatch.setattr(process, name, lambda *_: None)
+    monkeypatch.setattr(process.logging, "shutdown", lambda: None)
+    monkeypatch.setattr(process.os, "_exit", seen.append)
+    process.main(spec)
+    monkeypatch.delenv("LONGLIVE_TEST")
+    assert seen == ["there", 0]
+
+
 def own(passed: PassedFd) -> PassedFd:
     """As a worker of its own would have it, which closes it."""
     return PassedFd(os.dup(passed.fd))

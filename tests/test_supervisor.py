@@ -1,5 +1,7 @@
 """Which workers there are, and which count as hung; with told time and no process."""
 
+import multiprocessing
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ from configs.schema import StageName
 from ipc.messages import Heartbeat
 from orchestrator.rings import RingHouse
 from orchestrator.supervisor import NS, Supervisor, Worker, worker_groups
-from workers.spec import RunLimits
+from workers.spec import RunLimits, WorkerSpec
 
 
 class Bench:
@@ -54,6 +56,33 @@ def test_loading_may_take_longer_than_hanging(bench: Bench) -> None:
     bench.supervisor.ready("denoiser")
     bench.beat("denoiser", 0)
     assert bench.at(60.5) == {}
+
+
+def test_every_worker_is_given_the_variables_of_its_own_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they say may have changed when one is started again."""
+    config, starts = load_config("pocket"), iter(range(99))
+    rings = RingHouse(config)
+    given: list[WorkerSpec] = []
+
+    class Spawned:
+        pid = os.getpid()
+
+        def __init__(self, args: tuple[WorkerSpec], **_: object) -> None:
+            given.extend(args)
+
+        def start(self) -> None:
+            """Nothing runs."""
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda way: SimpleNamespace(Process=Spawned))
+    supervisor = Supervisor(config, Path("/"), rings, RunLimits(), None, lambda: {"START": str(next(starts))})
+    supervisor.start(["denoiser", "output"])
+    supervisor.start(["denoiser"])
+    assert [(spec.name, spec.environment) for spec in given] == [
+        ("denoiser", {"START": "0"}),
+        ("output", {"START": "1"}),
+        ("denoiser", {"START": "2"}),
+    ]
+    rings.close()
 
 
 def test_no_progress_is_hung(bench: Bench) -> None:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ipc.tensor_ring import Completion, Slots, TensorSpec
     from workers.latents_source import LatentsSource
 
+FIRST = -1
+"""CUDA's priority of a stream that goes before others. A new prompt's many small kernels, each of which would wait for
+a large one of a block's, are the text encoder's."""
+
 
 class Assembly:
     """Builds stages and keeps what must be closed after them.
@@ -89,7 +93,7 @@ class Assembly:
             return
         _check_gpu(name, device)
         torch.cuda.set_device(device)
-        with torch.cuda.stream(torch.cuda.Stream(device)):
+        with torch.cuda.stream(torch.cuda.Stream(device, priority=FIRST if name == "text_encoder" else 0)):
             yield
 
     def _send(self, to: str) -> Send:

@@ -36,6 +36,7 @@ def main(spec: WorkerSpec) -> None:
     _end_with_parent(spec.parent)
     _ignore_terminal_signals()
     _start_log(spec)
+    os.environ.update(spec.environment)
     worker = Worker(spec)
     code = worker.run()
     logging.shutdown()

@@ -4,7 +4,7 @@ Imports no torch: the daemon builds it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class WorkerSpec:
         parent: pid of the daemon; the worker ends when it is gone.
         history: retained clean latents.
         log: file for diagnostics; standard error if None.
+        environment: variables it has beside the daemon's, set before anything of CUDA is loaded.
     """
 
     name: str
@@ -72,3 +73,4 @@ class WorkerSpec:
     history: PassedFd
     limits: RunLimits
     log: Path | None
+    environment: Mapping[str, str] = field(default_factory=dict)

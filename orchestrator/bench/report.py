@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ipc.errors import InputError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 
 class Record(BaseModel):
@@ -236,7 +236,7 @@ class Comparison(Record):
 
 
 class RooflinePart(Record):
-    """A stage against the device's limits; `share` is limit over measured."""
+    """A stage's products, convolutions and attentions under the device's limits; `share` is limit over measured."""
 
     stage: str
     flops: float
@@ -266,7 +266,7 @@ class Report(Record):
         notes: what the reader must know, such as a machine that was busy.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     command: str
     made_at: str
     wall_s: float

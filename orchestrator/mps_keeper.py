@@ -1,0 +1,133 @@
+"""Keeps CUDA's multi-process service for as long as whoever started it lives: a program of its own.
+
+    python -m orchestrator.mps_keeper PROGRAM FOLDER TRIAL...
+    python -m orchestrator.mps_keeper try
+
+Starts the control program with its sockets in a folder, proves by a trial command, which the second line is, that the
+GPUs can be used through it, prints one line (`ready`, or why not) and waits for the end of its standard input, which
+comes with its parent's. Then the service ends with all of its processes, and the folder goes. Knows nothing of the
+runtime.
+"""
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+READY = "ready"
+PIPES = "CUDA_MPS_PIPE_DIRECTORY"
+LOGS = "CUDA_MPS_LOG_DIRECTORY"
+DEVICES = "CUDA_VISIBLE_DEVICES"
+START_S = 10.0
+TRY_S = 20.0
+QUIT_S = 5.0
+LOOK_S = 0.02
+TRY = "try"
+"""Become a client and end."""
+CUDA_ERROR_NO_DEVICE = 100
+
+
+def main() -> None:
+    """Command line."""
+    if sys.argv[1] == TRY:
+        sys.exit(use_gpus())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone decides what Ctrl-C means
+    keep(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+
+
+def keep(program: str, folder: Path, trial: list[str]) -> None:
+    """Until the end of standard input, or that of the service."""
+    environment = {**os.environ, PIPES: str(folder), LOGS: str(folder)}
+    with (folder / "control.log").open("w", encoding="utf-8") as log:
+        control = subprocess.Popen(
+            [program, "-f"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        problem = _not_up(control, folder / "control") or _not_usable(
+            trial, {**environment, **of_client(folder, os.environ)}
+        )
+        print(problem or READY, flush=True)  # noqa: T201
+        if problem is None:
+            _wait(control)
+    finally:
+        _end(control, program, environment)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def of_client(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of the service's clients: where it is, and its GPUs counted from 0 as it shows them.
+
+    Source: docs.nvidia.com/deploy/mps, appendix on environment variables.
+    """
+    own = {PIPES: str(folder), LOGS: str(folder)}
+    given = [name for name in environment.get(DEVICES, "").split(",") if name]
+    return {**own, DEVICES: ",".join(str(index) for index in range(len(given)))} if given else own
+
+
+def use_gpus() -> int:
+    """Makes a context on every GPU; the first CUDA error, or 0. What PyTorch does on first use."""
+    cuda = ctypes.CDLL("libcuda.so.1")
+    count, context = ctypes.c_int(), ctypes.c_void_p()
+    error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    for index in range(count.value):
+        error = error or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
+    return int(error) or (0 if count.value else CUDA_ERROR_NO_DEVICE)
+
+
+def _not_up(control: "subprocess.Popen[bytes]", socket: Path) -> str | None:
+    deadline = time.monotonic() + START_S
+    while not socket.exists():
+        if control.poll() is not None:
+            return f"it ended with code {control.returncode}"
+        if time.monotonic() > deadline:
+            return f"not up within {START_S:g} s"
+        time.sleep(LOOK_S)
+    return None
+
+
+def _not_usable(trial: list[str], environment: dict[str, str]) -> str | None:
+    try:
+        tried = subprocess.run(
+            trial,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TRY_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no GPU could be used through it within {TRY_S:g} s"
+    if tried.returncode:
+        return f"a GPU cannot be used through it (code {tried.returncode})"
+    return None
+
+
+def _wait(control: "subprocess.Popen[bytes]") -> None:
+    """For the end of standard input, or of the service."""
+    ended = os.pidfd_open(control.pid)
+    select.select([sys.stdin.fileno(), ended], [], [])
+    os.close(ended)
+
+
+def _end(control: "subprocess.Popen[bytes]", program: str, environment: dict[str, str]) -> None:
+    """In order where its clients are gone; else it and its server, which is of its process group, are killed."""
+    with suppress(subprocess.TimeoutExpired):
+        if control.poll() is None:
+            subprocess.run(
+                [program], env=environment, input=b"quit\n", capture_output=True, timeout=QUIT_S, check=False
+            )
+            control.wait(QUIT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(control.pid, signal.SIGKILL)
+    control.wait()
+
+
+if __name__ == "__main__":
+    main()
