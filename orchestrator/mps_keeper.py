@@ -32,6 +32,8 @@ LOOK_S = 0.02
 TRY = "try"
 """Become a client and end."""
 CUDA_ERROR_NO_DEVICE = 100
+PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
 
 
 def main() -> None:
@@ -47,7 +49,13 @@ def keep(program: str, folder: Path, trial: list[str]) -> None:
     environment = {**os.environ, PIPES: str(folder), LOGS: str(folder)}
     with (folder / "control.log").open("w", encoding="utf-8") as log:
         control = subprocess.Popen(
-            [program, "-f"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            [program, "-f"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     try:
         problem = _not_up(control, folder / "control") or _not_usable(
@@ -79,6 +87,11 @@ def use_gpus() -> int:
     for index in range(count.value):
         error = error or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
     return int(error) or (0 if count.value else CUDA_ERROR_NO_DEVICE)
+
+
+def _end_with_parent() -> None:
+    """The kernel kills this process when the keeper is killed; the server ends when its control program does."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _not_up(control: "subprocess.Popen[bytes]", socket: Path) -> str | None:

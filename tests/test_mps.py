@@ -126,6 +126,19 @@ def test_one_that_died_is_begun_anew_for_the_next_worker(tmp_path: Path, service
     assert not any(map(is_gone, pids(tmp_path)))
 
 
+def test_it_ends_with_a_keeper_that_is_killed(tmp_path: Path, service: Begin) -> None:
+    """The next worker has a new one; NVIDIA's server ends when its control program does."""
+    mps = service()
+    assert mps.begin()
+    before, (control, server) = mps.for_worker(), pids(tmp_path)
+    (keeper,) = (int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    os.kill(keeper, signal.SIGKILL)
+    wait_until(lambda: is_gone(control))
+    os.kill(server, signal.SIGKILL)
+    assert mps.for_worker() != before
+    assert not any(map(is_gone, pids(tmp_path)))
+
+
 def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path, program: Path) -> None:
     """Whose own end cannot say so: the service holds GPU memory."""
     code = f"""
