@@ -314,7 +314,8 @@ class StageConfig(Part):
 class StagesConfig(Part):
     """Settings of the three model stages.
 
-    `mps`: whether processes that share a GPU do so at once, through CUDA's multi-process service, or in turns.
+    `mps`: whether the run begins CUDA's multi-process service, through which processes that share a GPU do so at once;
+    else they take turns, or use one that is there.
     """
 
     mps: Switch = "auto"

@@ -122,7 +122,8 @@ class SinkStatus(Message):
 class Status(Message):
     """Snapshot of a run. `fps` counts frames that left playout; `rtf` is fps over the native rate.
 
-    `preset` is the one in force, None where the run names none.
+    `preset` is the one in force, None where the run names none; `mps` says whether the run has a multi-process service
+    of its own for processes that share a GPU.
     """
 
     type = "status"
@@ -134,6 +135,7 @@ class Status(Message):
     height: Count
     pace: Name
     placement: Name
+    mps: bool = False
     seed: Count
     prompt: Line
     version: Count

@@ -47,7 +47,7 @@ from ipc.messages import (
 )
 from ipc.processes import own_resident_bytes
 from orchestrator.gateway import ClientDesk
-from orchestrator.mps import Mps, begin_where_shared, own_environment
+from orchestrator.mps import Mps, begin_where_shared, gpus_of, is_fault
 from orchestrator.plan import Reporter, RunPlan, RunSummary
 from orchestrator.prompting import Prompting
 from orchestrator.restarts import RestartBudget
@@ -122,6 +122,7 @@ class Daemon:
         limits = _limits(config, plan)
         self._supervisor = Supervisor(config, directory.path, self._rings, limits, plan.log, self._worker_environment)
         self._mps: Mps | None = None
+        self._spoilt_ns = 0
         self._stack, self._directory = stack, directory
         self._telemetry = Telemetry(config, clock())
         self._prompts = Prompting(config, limits.blocks, self._desk, self._send, clock)
@@ -176,16 +177,19 @@ class Daemon:
 
     def _begin(self) -> None:
         groups = worker_groups(self._config).values()
-        self._mps = begin_where_shared(self._config, groups, self._directory.path, own_environment(), self._warn)
+        self._mps = begin_where_shared(
+            self._config, groups, self._directory.path, os.environ, self._warn, self._signals.fd
+        )
         if self._mps is not None:
             self._stack.callback(self._mps.end)
+            self._telemetry.mps = True
             self._reporter.note("processes share the GPU through CUDA's multi-process service")
         self._supervisor.start()
         self._note_pids()
         self._prompts.plan(self._plan.prompts, given=self._plan.inputs is not None)
 
-    def _worker_environment(self) -> dict[str, str]:
-        return {} if self._mps is None else self._mps.for_worker()
+    def _worker_environment(self, stages: tuple[StageName, ...]) -> dict[str, str]:
+        return {} if self._mps is None or not gpus_of(self._config, stages) else self._mps.for_worker()
 
     def _turn(self) -> None:
         poller = zmq.Poller()
@@ -337,12 +341,25 @@ class Daemon:
             self._fail(text, exit_code=UserError.exit_code if user else 1)
             self._close_outputs()
             return
+        if is_fault(reason):
+            self._end_others(worker)
         self._reporter.note(f"{text}; starting it again")
         for stage in worker.stages:
             self._rings.mend_after(stage)
             self._telemetry.stages[stage].restarts += 1
             self._telemetry.stages[stage].state = "restarting"
             self._desk.publish(WorkerRestarted(stage=stage, reason=reason))
+
+    def _end_others(self, failed: Worker) -> None:
+        """A fault on a GPU is one of all its clients, and the service takes no new ones before the last has gone."""
+        if self._mps is None or failed.started_ns < self._spoilt_ns:
+            return
+        self._spoilt_ns = self._clock()
+        self._mps.spoil()
+        for other in self._supervisor.workers.values():
+            if gpus_of(self._config, other.stages):
+                self._reasons[other.name] = (f"{failed.name} met a fault of the GPU that they share", False)
+                self._supervisor.kill(other)
 
     def _last_words(self, worker: Worker) -> tuple[str, bool] | None:
         """What a dead worker said of its end, which may still be on its way; None if it was killed."""
@@ -354,7 +371,8 @@ class Daemon:
                 self._take(message)
             elif not worker.ended_by_itself or self._clock() > deadline_ns:
                 return None
-        return next(self._reasons.pop(key) for key in keys & self._reasons.keys())
+        told = [self._reasons.pop(key) for key in keys & self._reasons.keys()]
+        return told[0]
 
     def _close_outputs(self) -> None:
         """After a failure: what was decoded is played, outputs are closed, then the run ends."""

@@ -1,12 +1,12 @@
 """Keeps CUDA's multi-process service for as long as whoever started it lives: a program of its own.
 
     python -m orchestrator.mps_keeper PROGRAM FOLDER TRIAL...
-    python -m orchestrator.mps_keeper try
+    python -m orchestrator.mps_keeper try GPU...
 
 Starts the control program with its sockets in a folder, proves by a trial command, which the second line is, that the
-GPUs can be used through it, prints one line (`ready`, or why not) and waits for the end of its standard input, which
-comes with its parent's. Then the service ends with all of its processes, and the folder goes. Knows nothing of the
-runtime.
+GPUs can be used through it, prints one line (`ready PID`, or why not) and waits for the end of its standard input,
+which comes with its parent's. Then the service ends with all of its processes, and the folder goes. Knows nothing of
+the runtime.
 """
 
 import ctypes
@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,26 +30,30 @@ QUIT_S = 5.0
 LOOK_S = 0.02
 TRY = "try"
 """Become a client and end."""
-CUDA_ERROR_NO_DEVICE = 100
 PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 
 
 def main() -> None:
     """Command line."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the parent alone decides what they mean
     if sys.argv[1] == TRY:
-        sys.exit(use_gpus())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone decides what Ctrl-C means
+        error = use_gpus([int(index) for index in sys.argv[2:]])
+        print(f"CUDA error {error}")  # noqa: T201
+        sys.exit(bool(error))
     keep(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
 
 
 def keep(program: str, folder: Path, trial: list[str]) -> None:
     """Until the end of standard input, or that of the service."""
-    environment = {**os.environ, PIPES: str(folder), LOGS: str(folder)}
+    client = {**os.environ, PIPES: str(folder), LOGS: str(folder)}
+    # It shows every GPU under its own number, so that a client finds the same one with the service and without.
+    server = {name: value for name, value in client.items() if name != DEVICES}
     with (folder / "control.log").open("w", encoding="utf-8") as log:
         control = subprocess.Popen(
             [program, "-f"],
-            env=environment,
+            env=server,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -58,35 +61,24 @@ def keep(program: str, folder: Path, trial: list[str]) -> None:
             preexec_fn=_end_with_parent,
         )
     try:
-        problem = _not_up(control, folder / "control") or _not_usable(
-            trial, {**environment, **of_client(folder, os.environ)}
-        )
-        print(problem or READY, flush=True)  # noqa: T201
+        problem = _not_up(control, folder / "control") or _not_usable(trial, client)
+        print(problem or f"{READY} {control.pid}", flush=True)  # noqa: T201
         if problem is None:
             _wait(control)
     finally:
-        _end(control, program, environment)
+        _end(control, program, server)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def of_client(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables of the service's clients: where it is, and its GPUs counted from 0 as it shows them.
-
-    Source: docs.nvidia.com/deploy/mps, appendix on environment variables.
-    """
-    own = {PIPES: str(folder), LOGS: str(folder)}
-    given = [name for name in environment.get(DEVICES, "").split(",") if name]
-    return {**own, DEVICES: ",".join(str(index) for index in range(len(given)))} if given else own
-
-
-def use_gpus() -> int:
-    """Makes a context on every GPU; the first CUDA error, or 0. What PyTorch does on first use."""
+def use_gpus(indices: list[int]) -> int:
+    """Makes a context on each GPU, as PyTorch does on first use; the first CUDA error, or 0."""
     cuda = ctypes.CDLL("libcuda.so.1")
-    count, context = ctypes.c_int(), ctypes.c_void_p()
-    error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
-    for index in range(count.value):
-        error = error or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
-    return int(error) or (0 if count.value else CUDA_ERROR_NO_DEVICE)
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    error = cuda.cuInit(0)
+    for index in indices:
+        error = error or cuda.cuDeviceGet(ctypes.byref(device), index)
+        error = error or cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    return int(error)
 
 
 def _end_with_parent() -> None:
@@ -112,13 +104,15 @@ def _not_usable(trial: list[str], environment: dict[str, str]) -> str | None:
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            text=True,
             timeout=TRY_S,
             check=False,
+            preexec_fn=_end_with_parent,
         )
     except subprocess.TimeoutExpired:
         return f"no GPU could be used through it within {TRY_S:g} s"
     if tried.returncode:
-        return f"a GPU cannot be used through it (code {tried.returncode})"
+        return f"a GPU cannot be used through it: {tried.stdout.strip() or f'code {tried.returncode}'}"
     return None
 
 
@@ -131,15 +125,18 @@ def _wait(control: "subprocess.Popen[bytes]") -> None:
 
 def _end(control: "subprocess.Popen[bytes]", program: str, environment: dict[str, str]) -> None:
     """In order where its clients are gone; else it and its server, which is of its process group, are killed."""
-    with suppress(subprocess.TimeoutExpired):
+    try:
         if control.poll() is None:
             subprocess.run(
                 [program], env=environment, input=b"quit\n", capture_output=True, timeout=QUIT_S, check=False
             )
             control.wait(QUIT_S)
-    with suppress(ProcessLookupError):
-        os.killpg(control.pid, signal.SIGKILL)
-    control.wait()
+    except subprocess.TimeoutExpired:
+        pass  # killed below
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(control.pid, signal.SIGKILL)
+        control.wait()
 
 
 if __name__ == "__main__":

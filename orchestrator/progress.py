@@ -161,7 +161,8 @@ def _overview(status: Status) -> Table:
     preset = "" if status.preset is None else f", preset {status.preset}"
     rows = {
         "state": status.state,
-        "config": f"{status.config}{preset}, {status.width}x{status.height}, seed {status.seed}, {status.placement}",
+        "config": f"{status.config}{preset}, {status.width}x{status.height}, seed {status.seed}, {status.placement}"
+        + ", MPS" * status.mps,
         "prompt": f"version {status.version}: {status.prompt}",
         "position": f"block {status.block}, frame {status.frame}, first frame {first}, up {status.uptime_s:.0f} s",
         "speed": f"{status.fps:.1f} fps, {block} a block, RTF {status.rtf:.2f}, pace {status.pace}",

@@ -4,7 +4,8 @@
     ├── lock            held by flock(2) as long as the daemon lives; holds its pid
     ├── control.sock    clients' commands (ROUTER)
     ├── events.sock     events for everybody who listens (PUB)
-    └── <stage>.sock    inboxes of the stages
+    ├── <stage>.sock    inboxes of the stages
+    └── mps-*           sockets of CUDA's multi-process service, where this run has one of its own
 
 ZeroMQ's second bind on an ipc:// path silently steals it from the first, so sockets are touched only under the lock.
 Knows nothing of what is said over the sockets.
@@ -117,6 +118,8 @@ class RunDirectory:
         try:
             for path in self.path.glob("*.sock"):
                 remove_stale_socket(path)
+            for path in self.path.glob("mps-*"):
+                shutil.rmtree(path)
         except ConfigError:
             self.close()
             raise

@@ -65,7 +65,7 @@ class Supervisor:
     """All worker processes of a run.
 
     Args:
-        environment: variables of the next worker, beside this process's.
+        environment: variables of a worker with these stages, beside this process's.
         clock: monotonic nanoseconds.
     """
 
@@ -76,7 +76,7 @@ class Supervisor:
         rings: RingHouse,
         limits: RunLimits,
         log: Path | None,
-        environment: Callable[[], dict[str, str]] = dict,
+        environment: Callable[[tuple[StageName, ...]], dict[str, str]] = lambda stages: {},
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._config = config
@@ -107,7 +107,7 @@ class Supervisor:
             history=self._rings.history,
             limits=self._limits,
             log=self._log,
-            environment=self._environment(),
+            environment=self._environment(stages),
         )
         process = multiprocessing.get_context("spawn").Process(
             target=worker_process.main, args=(spec,), name=f"longlive-{name}", daemon=True
@@ -148,6 +148,10 @@ class Supervisor:
         for name in reasons:
             self._signal(self.workers[name], signal.SIGKILL)
         return reasons
+
+    def kill(self, worker: Worker) -> None:
+        """At once; it is reaped as any other that ends."""
+        self._signal(worker, signal.SIGKILL)
 
     def _overdue(self, worker: Worker) -> str | None:
         limits = self._config.supervision

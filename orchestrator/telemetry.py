@@ -65,6 +65,7 @@ class Telemetry:
         self._started_ns = started_ns
         self.stages: dict[StageName, StageRecord] = {name: StageRecord() for name in STAGES}
         self.preset = config.preset
+        self.mps = False
         self.next_block = 0
         self.frames = 0
         self.fps = 0.0
@@ -159,6 +160,7 @@ class Telemetry:
             height=config.video.height,
             pace=config.output.pace,
             placement=config.placement,
+            mps=self.mps,
             seed=config.seed,
             prompt=prompt[:1000],
             version=version,

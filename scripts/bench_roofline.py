@@ -2,8 +2,8 @@
 
 Counted, by `counting.py`, are the products, convolutions and attentions that the shipped path dispatches with a full
 window, with graphs and fused kernels off so that each is seen; what lies between them can be fused into them and counts
-nothing, so that no way of computing is faster than the limit. Measured is the path as configured, each stage alone. The
-rates are the device's own, of a large product and of a large copy. Prints JSON.
+nothing, so that no way is faster that passes their arguments and results through memory. Measured is the path as
+configured, each stage alone. The rates are the device's own, of a large product and of a large copy. Prints JSON.
 """
 
 import argparse

@@ -1,20 +1,25 @@
 """CUDA's multi-process service: begun where processes share a GPU, and gone with the run however that ends."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.load import load_config
+from orchestrator import mps as mps_module
 from orchestrator.checkout import with_sources
-from orchestrator.mps import Mps, begin_where_shared, gpu_is_shared, is_provided
-from orchestrator.mps_keeper import DEVICES, LOGS, PIPES, of_client
+from orchestrator.mps import Mps, begin_where_shared, is_fault, is_provided, shared_gpus
+from orchestrator.mps_keeper import LOGS, PIPES
 from orchestrator.supervisor import worker_groups
 
 CONTROL = """\
@@ -23,7 +28,10 @@ import os, pathlib, subprocess, sys, time
 folder = pathlib.Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"])
 if sys.argv[1:] == ["-f"]:
     server = subprocess.Popen(["sleep", "600"])
-    (folder.parent / "pids").write_text(f"{{os.getpid()}} {{server.pid}}")
+    place = pathlib.Path(os.environ.get("PLACE", folder.parent))
+    with (place / "folders").open("a") as begun:
+        print(folder, file=begun)
+    (place / "pids").write_text(f"{{os.getpid()}} {{server.pid}}")
     (folder / "control").touch()
     while {obeys} is False or not (folder / "quit").exists():
         time.sleep(0.01)
@@ -35,9 +43,16 @@ elif sys.stdin.read() == "quit\\n":
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Path:
+def place() -> Iterator[Path]:
+    """On a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="longlive-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def program(place: Path) -> Path:
     """One that ends when it is told to."""
-    return written(tmp_path / "control", CONTROL.format(python=sys.executable, obeys=True))
+    return written(place / "control", CONTROL.format(python=sys.executable, obeys=True))
 
 
 def written(path: Path, text: str) -> Path:
@@ -55,12 +70,12 @@ Begin = Callable[..., Mps]
 
 
 @pytest.fixture
-def service(tmp_path: Path, program: Path, warnings: list[str]) -> Iterator[Begin]:
+def service(place: Path, program: Path, warnings: list[str]) -> Iterator[Begin]:
     """Makes services that end with the test."""
     made: list[Mps] = []
 
-    def make(control: Path = program, trial: tuple[str, ...] = ("true",)) -> Mps:
-        made.append(Mps(str(control), tmp_path, {}, warnings.append, trial))
+    def make(control: Path = program, trial: tuple[str, ...] = ("true",), interrupted: int | None = None) -> Mps:
+        made.append(Mps(str(control), place, warnings.append, trial, interrupted))
         return made[-1]
 
     yield make
@@ -68,8 +83,8 @@ def service(tmp_path: Path, program: Path, warnings: list[str]) -> Iterator[Begi
         mps.end()
 
 
-def pids(tmp_path: Path) -> list[int]:
-    return [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+def pids(place: Path) -> list[int]:
+    return [int(pid) for pid in (place / "pids").read_text().split()]
 
 
 def is_gone(pid: int) -> bool:
@@ -80,6 +95,10 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def wait_until(held: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not held():
@@ -87,64 +106,129 @@ def wait_until(held: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def folders(tmp_path: Path) -> list[Path]:
-    return list(tmp_path.glob("mps-*"))
+def folders(place: Path) -> list[Path]:
+    return list(place.glob("mps-*"))
 
 
-def test_it_is_there_for_workers_and_gone_after_them(tmp_path: Path, service: Begin, warnings: list[str]) -> None:
+def test_it_is_there_for_workers_and_gone_after_them(place: Path, service: Begin, warnings: list[str]) -> None:
     mps = service()
     assert mps.begin()
-    (folder,) = folders(tmp_path)
+    (folder,) = folders(place)
     assert mps.for_worker() == {PIPES: str(folder), LOGS: str(folder)}
     assert folder.stat().st_mode & 0o077 == 0
-    running = pids(tmp_path)
+    running = pids(place)
     assert not any(map(is_gone, running))
     mps.end()
     mps.end()
     assert all(map(is_gone, running))
-    assert folders(tmp_path) == []
+    assert folders(place) == []
     assert warnings == []
 
 
-def test_one_that_does_not_end_by_itself_is_killed_with_its_server(tmp_path: Path, service: Begin) -> None:
-    mps = service(written(tmp_path / "deaf", CONTROL.format(python=sys.executable, obeys=False)))
+def test_one_that_does_not_end_by_itself_is_killed_with_its_server(place: Path, service: Begin) -> None:
+    mps = service(written(place / "deaf", CONTROL.format(python=sys.executable, obeys=False)))
     assert mps.begin()
-    running = pids(tmp_path)
+    running = pids(place)
     mps.end()
     assert all(map(is_gone, running))
 
 
-def test_one_that_died_is_begun_anew_for_the_next_worker(tmp_path: Path, service: Begin) -> None:
+def test_one_that_died_is_begun_anew_for_the_next_worker(place: Path, service: Begin) -> None:
     mps = service()
     assert mps.begin()
-    before, first = mps.for_worker(), pids(tmp_path)
+    before, first = mps.for_worker(), pids(place)
     os.kill(first[0], signal.SIGKILL)
     wait_until(lambda: all(map(is_gone, first)))
-    wait_until(lambda: folders(tmp_path) == [])
+    wait_until(lambda: folders(place) == [])
     after = mps.for_worker()
     assert after != before
-    assert not any(map(is_gone, pids(tmp_path)))
+    assert not any(map(is_gone, pids(place)))
 
 
-def test_it_ends_with_a_keeper_that_is_killed(tmp_path: Path, service: Begin) -> None:
+def test_it_ends_with_a_keeper_that_is_killed(place: Path, service: Begin) -> None:
     """The next worker has a new one; NVIDIA's server ends when its control program does."""
     mps = service()
     assert mps.begin()
-    before, (control, server) = mps.for_worker(), pids(tmp_path)
-    (keeper,) = (int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    os.kill(keeper, signal.SIGKILL)
+    before, (control, server) = mps.for_worker(), pids(place)
+    os.kill(parent_of(control), signal.SIGKILL)
     wait_until(lambda: is_gone(control))
-    os.kill(server, signal.SIGKILL)
     assert mps.for_worker() != before
-    assert not any(map(is_gone, pids(tmp_path)))
+    assert is_gone(server)
+    assert not any(map(is_gone, pids(place)))
 
 
-def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path, program: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_s_signals_do_not_end_it(number: signal.Signals, place: Path, service: Begin) -> None:
+    """The daemon, which gets them too, may need a while to end in order."""
+    mps = service()
+    assert mps.begin()
+    before, running = mps.for_worker(), pids(place)
+    keeper = parent_of(running[0])
+    assert os.getsid(keeper) == keeper
+    os.kill(keeper, number)
+    assert mps.for_worker() == before
+    mps.end()
+    assert all(map(is_gone, running))
+
+
+def test_a_fault_asks_for_another_service(place: Path, service: Begin) -> None:
+    mps = service()
+    assert mps.begin()
+    before, running = mps.for_worker(), pids(place)
+    mps.spoil()
+    after = mps.for_worker()
+    assert after != before
+    assert mps.for_worker() == after
+    assert all(map(is_gone, running))
+
+
+def test_nobody_waits_for_it_once_interrupted(place: Path, service: Begin, warnings: list[str]) -> None:
+    read, write = os.pipe()
+    os.write(write, b"x")
+    mps = service(trial=("sleep", "600"), interrupted=read)  # it would hang
+    began = time.monotonic()
+    assert not mps.begin()
+    assert time.monotonic() - began < 10
+    assert "interrupted while it began" in warnings[0]
+    os.close(read)
+    os.close(write)
+
+
+def test_what_failed_once_is_not_waited_for_again(
+    place: Path, program: Path, service: Begin, warnings: list[str]
+) -> None:
+    mps = service()
+    assert mps.begin()
+    control, _ = pids(place)
+    program.unlink()
+    os.kill(control, signal.SIGKILL)
+    wait_until(lambda: folders(place) == [])
+    assert (mps.for_worker(), mps.for_worker()) == ({}, {})
+    assert len(warnings) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_said(place: Path, program: Path, warnings: list[str]) -> None:
+    assert not Mps(str(program), place / "gone", warnings.append, ("true",)).begin()
+    assert "No such file or directory" in warnings[0]
+
+
+def test_a_path_too_long_for_sockets_is_not_taken(place: Path, program: Path) -> None:
+    long = place / ("x" * 90)
+    long.mkdir()
+    mps = Mps(str(program), long, print, ("true",))
+    folder = Path(mps.for_worker()[PIPES])
+    assert len(str(folder / "control_privileged")) <= 107
+    mps.end()
+    assert not folder.exists()
+    (folder.parent / "pids").unlink()
+
+
+def test_it_ends_with_a_parent_that_is_killed(place: Path, program: Path) -> None:
     """Whose own end cannot say so: the service holds GPU memory."""
     code = f"""
         import pathlib, sys
         from orchestrator.mps import Mps
-        mps = Mps({str(program)!r}, pathlib.Path({str(tmp_path)!r}), {{}}, print, ("true",))
+        mps = Mps({str(program)!r}, pathlib.Path({str(place)!r}), print, ("true",))
         print(mps.begin(), flush=True)
         sys.stdin.read()
     """
@@ -158,85 +242,153 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path, program: Path) -> 
     with parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "True\n"
-        running = pids(tmp_path)
+        running = pids(place)
         parent.kill()
     wait_until(lambda: all(map(is_gone, running)))
-    wait_until(lambda: folders(tmp_path) == [])
+    wait_until(lambda: folders(place) == [])
 
 
 @pytest.mark.parametrize(
     ("control", "trial", "said"),
     [
         ("#!/bin/sh\nexit 3\n", ("true",), "it ended with code 3"),
-        (None, ("false",), "a GPU cannot be used through it (code 1)"),
+        (None, ("false",), "a GPU cannot be used through it: code 1"),
     ],
 )
 def test_where_it_cannot_be_used_processes_take_turns(
     control: str | None,
     trial: tuple[str, ...],
     said: str,
-    tmp_path: Path,
+    place: Path,
     program: Path,
     service: Begin,
     warnings: list[str],
 ) -> None:
-    mps = service(written(tmp_path / "other", control) if control else program, trial)
+    mps = service(written(place / "other", control) if control else program, trial)
     assert not mps.begin()
     assert warnings == [
         f"stages.mps: CUDA's multi-process service: {said}; used instead: processes that take turns on the GPU"
     ]
     assert mps.for_worker() == {}
-    assert folders(tmp_path) == []
+    assert folders(place) == []
+
+
+def test_the_daemon_ends_and_begins_all_that_share_a_gpu_after_a_fault(place: Path, program: Path) -> None:
+    """With a service of their own each time, and the output goes on."""
+    program.rename(place / "nvidia-cuda-mps-control")
+    story = place / "story.jsonl"
+    story.write_text(json.dumps({"prompts": ["a red circle"]}), encoding="utf-8")
+    command = [sys.executable, str(Path(__file__).parent / "sharing_daemon.py"), "generate", "--prompts", str(story)]
+    ran = subprocess.run(
+        [*command, "--blocks", "3", "--out", "null:"],
+        env={**with_sources(), "PLACE": str(place), "TMPDIR": str(place), PIPES: str(place / "none")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "processes share the GPU through CUDA's multi-process service" in ran.stderr
+    assert "denoiser died: RuntimeError: CUDA error: made up; starting it again" in ran.stderr
+    for other in ("text_encoder", "vae_decoder"):
+        assert ran.stderr.count(f"{other} died: denoiser met a fault of the GPU that they share") == 1
+    first, second = (Path(line) for line in (place / "folders").read_text().split())
+    assert (place / "service").read_text() == str(first)
+    assert not first.exists()
+    assert not second.parent.exists()
+    assert all(map(is_gone, pids(place)))
 
 
 GPU = ("device=cuda",)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the trial would succeed")
 
 
 @pytest.mark.parametrize(
     ("settings", "shared"),
     [
-        ((), False),
-        (GPU, True),
-        ((*GPU, "placement=thread"), False),
-        ((*GPU, "stages.vae_decoder.device=cuda:1", "stages.text_encoder.device=cpu"), False),
-        ((*GPU, "stages.vae_decoder.device=cuda:1", "stages.text_encoder.device=cuda:1"), True),
-        ((*GPU, "stages.vae_decoder.device=cuda:1", "stages.text_encoder.device=cuda:0"), True),
+        ((), set()),
+        (GPU, {"cuda:0"}),
+        ((*GPU, "placement=thread"), set()),
+        ((*GPU, "stages.vae_decoder.device=cuda:1", "stages.text_encoder.device=cpu"), set()),
+        ((*GPU, "stages.vae_decoder.device=cuda:1", "stages.text_encoder.device=cuda:1"), {"cuda:1"}),
+        ((*GPU, "stages.vae_decoder.device=cuda:1", "stages.text_encoder.device=cuda:0"), {"cuda:0"}),
     ],
 )
-def test_it_is_for_processes_that_share_a_gpu(settings: tuple[str, ...], shared: bool) -> None:
+def test_it_is_for_processes_that_share_a_gpu(settings: tuple[str, ...], shared: set[str]) -> None:
     config = load_config("pocket", settings)
-    assert gpu_is_shared(config, worker_groups(config).values()) is shared
+    assert shared_gpus(config, worker_groups(config).values()) == shared
 
 
 @pytest.mark.parametrize(
-    ("setting", "environment", "warned"),
+    ("setting", "installed", "warned"),
     [
-        ("auto", {"PATH": ""}, 0),
-        ("true", {"PATH": ""}, 1),
-        ("false", {}, 0),
-        ("true", {PIPES: "/there"}, 0),
+        ("auto", False, None),
+        ("true", False, "found no nvidia-cuda-mps-control"),
+        ("false", True, None),
+        pytest.param("auto", True, "a GPU cannot be used through it", marks=without_gpu),
     ],
 )
 def test_none_is_begun_where_none_is_wanted_or_can_be(
-    setting: str, environment: dict[str, str], warned: int, tmp_path: Path, program: Path, warnings: list[str]
+    setting: str, installed: bool, warned: str | None, place: Path, program: Path, warnings: list[str]
 ) -> None:
-    """Not wanted, not installed, or one provided by somebody else: only what was asked for is said."""
-    program.rename(tmp_path / "nvidia-cuda-mps-control")
-    environment = {"PATH": str(tmp_path), **environment}
+    """Not wanted, not installed, or of no use: what was tried or asked for is said."""
+    program.rename(place / "nvidia-cuda-mps-control")
+    environment = {"PATH": str(place if installed else place / "bin"), PIPES: str(place / "none")}
     config = load_config("pocket", [*GPU, f"stages.mps={setting}"])
     groups = worker_groups(config).values()
-    assert begin_where_shared(config, groups, tmp_path, environment, warnings.append) is None
-    assert len(warnings) == warned
-    assert folders(tmp_path) == []
+    assert begin_where_shared(config, groups, place, environment, warnings.append) is None
+    assert [text for text in warnings if warned is None or warned not in text] == []
+    assert bool(warnings) is bool(warned)
+    assert folders(place) == []
 
 
-def test_the_machine_s_own_service_is_left_to_be_used(tmp_path: Path) -> None:
-    assert not is_provided({}, tmp_path)
-    (tmp_path / "control").touch()
-    assert is_provided({}, tmp_path)
+def test_one_is_begun_where_processes_share_a_gpu(
+    place: Path, program: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the GPUs that the stages name each is tried."""
+    tried: list[object] = []
+
+    class Begins:
+        def __init__(self, *args: object) -> None:
+            tried.extend(args)
+
+        def begin(self) -> bool:
+            return True
+
+    monkeypatch.setattr(mps_module, "Mps", Begins)
+    program.rename(place / "nvidia-cuda-mps-control")
+    environment = {"PATH": str(place), PIPES: str(place / "none")}
+    config = load_config("pocket", [*GPU, "stages.text_encoder.device=cuda:2"])
+    begun = begin_where_shared(config, worker_groups(config).values(), place, environment, warnings.append, 7)
+    assert isinstance(begun, Begins)
+    assert tried == [
+        str(place / "nvidia-cuda-mps-control"),
+        place,
+        warnings.append,
+        (*mps_module.KEEPER, "try", "0", "2"),
+        7,
+    ]
 
 
-@pytest.mark.parametrize(("given", "seen"), [("2", "0"), ("3,1", "0,1"), ("GPU-8f2,GPU-77a", "0,1")])
-def test_clients_count_the_gpus_that_the_service_was_given(given: str, seen: str) -> None:
-    assert of_client(Path("/there"), {DEVICES: given})[DEVICES] == seen
-    assert DEVICES not in of_client(Path("/there"), {})
+def test_a_service_of_somebody_else_is_left_to_be_used_where_it_answers(place: Path) -> None:
+    assert not is_provided({}, place)
+    (place / "control").touch()
+    assert not is_provided({PIPES: str(place)})
+    (place / "control").unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        server.bind(str(place / "control"))
+        server.listen()
+        assert is_provided({}, place)
+        assert is_provided({PIPES: str(place)})
+    assert not is_provided({}, place)
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        ("AcceleratorError: CUDA error: device-side assert triggered", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", False),
+        ("killed by SIGKILL", False),
+    ],
+)
+def test_only_a_fault_of_the_gpu_is_one_of_all_clients(error: str, fault: bool) -> None:
+    assert is_fault(error) is fault

@@ -74,13 +74,13 @@ def test_every_worker_is_given_the_variables_of_its_own_start(monkeypatch: pytes
             """Nothing runs."""
 
     monkeypatch.setattr(multiprocessing, "get_context", lambda way: SimpleNamespace(Process=Spawned))
-    supervisor = Supervisor(config, Path("/"), rings, RunLimits(), None, lambda: {"START": str(next(starts))})
+    supervisor = Supervisor(config, Path("/"), rings, RunLimits(), None, lambda stages: {stages[0]: str(next(starts))})
     supervisor.start(["denoiser", "output"])
     supervisor.start(["denoiser"])
     assert [(spec.name, spec.environment) for spec in given] == [
-        ("denoiser", {"START": "0"}),
-        ("output", {"START": "1"}),
-        ("denoiser", {"START": "2"}),
+        ("denoiser", {"denoiser": "0"}),
+        ("output", {"output": "1"}),
+        ("denoiser", {"denoiser": "2"}),
     ]
     rings.close()
 

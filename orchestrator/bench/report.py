@@ -236,7 +236,10 @@ class Comparison(Record):
 
 
 class RooflinePart(Record):
-    """A stage's products, convolutions and attentions under the device's limits; `share` is limit over measured."""
+    """A stage under the device's limits; `share` is limit over measured.
+
+    `flops`, `bytes` and `limit_ms` are of its products, convolutions and attentions: all else can be fused into them.
+    """
 
     stage: str
     flops: float

@@ -198,7 +198,9 @@ def _roofline(roofline: Roofline) -> Grid:
         for part in roofline.parts
     ]
     title = f"Roofline: {ceilings}, {roofline.bytes_per_s / 1e9:.1f} GB/s"
-    return Grid(title, ("stage", "GFLOP a block", "GB a block", "ms", "limit, ms", "share of the limit"), tuple(rows))
+    return Grid(
+        title, ("stage", "GFLOP a block", "GB of products", "ms", "limit, ms", "share of the limit"), tuple(rows)
+    )
 
 
 def _operations(report: Report) -> Grid:
