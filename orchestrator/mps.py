@@ -76,7 +76,11 @@ class Mps:
         return False
 
     def for_worker(self) -> dict[str, str]:
-        """What a worker's environment needs. A service that died or was spoilt is begun anew, once it failed never."""
+        """What a worker's environment needs.
+
+        A service that died or was spoilt is begun anew, which takes a second, at most `END_S` and `BEGIN_S`; one that
+        failed to begin is not.
+        """
         if not self._given_up and not self._lives:
             self.end()
             self.begin()
@@ -109,15 +113,19 @@ class Mps:
         """What hinders it, in words. Raises OSError."""
         self._spoilt = False
         self._folder = Path(tempfile.mkdtemp(prefix="mps-", dir=_short(self._directory)))
-        self._keeper = subprocess.Popen(
-            [*KEEPER, self._program, str(self._folder), *self._trial],
-            env=with_sources(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
+        try:
+            self._keeper = subprocess.Popen(
+                [*KEEPER, self._program, str(self._folder), *self._trial],
+                env=with_sources(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,
+            )
+        except OSError:
+            self._folder.rmdir()
+            raise
         assert self._keeper.stdout is not None
         heard, _, _ = select.select([self._keeper.stdout, *self._interrupted], [], [], BEGIN_S)
         if self._keeper.stdout not in heard:

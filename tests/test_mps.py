@@ -212,6 +212,15 @@ def test_a_folder_that_cannot_be_made_is_said(place: Path, program: Path, warnin
     assert "No such file or directory" in warnings[0]
 
 
+def test_a_keeper_that_cannot_be_started_leaves_no_folder(
+    place: Path, service: Begin, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mps_module, "KEEPER", (str(place / "no-python"),))
+    assert not service().begin()
+    assert "No such file or directory" in warnings[0]
+    assert folders(place) == []
+
+
 def test_a_path_too_long_for_sockets_is_not_taken(place: Path, program: Path) -> None:
     long = place / ("x" * 90)
     long.mkdir()
