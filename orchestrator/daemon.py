@@ -189,7 +189,11 @@ class Daemon:
         self._prompts.plan(self._plan.prompts, given=self._plan.inputs is not None)
 
     def _worker_environment(self, stages: tuple[StageName, ...]) -> dict[str, str]:
-        return {} if self._mps is None or not gpus_of(self._config, stages) else self._mps.for_worker()
+        if self._mps is None or not gpus_of(self._config, stages):
+            return {}
+        variables = self._mps.for_worker()
+        self._telemetry.mps = self._mps.is_there
+        return variables
 
     def _turn(self) -> None:
         poller = zmq.Poller()
@@ -216,11 +220,17 @@ class Daemon:
         for name, reason in self._supervisor.kill_overdue().items():
             self._reasons[name] = (reason, False)
         for name in self._restarts.due(now):
+            self._forget_reasons(name)
             self._supervisor.start([name])
             self._note_pids()
         if self._deadline_ns is not None and now > self._deadline_ns and self._phase is Phase.DRAINING:
             self._fail(f"outputs were not closed within {self._config.supervision.drain_s:.0f} s")
             self._finish()
+
+    def _forget_reasons(self, name: str) -> None:
+        """What was said of a worker's last life is not of its next."""
+        for key in (name, *worker_groups(self._config)[name]):
+            self._reasons.pop(key, None)
 
     def _interrupted(self) -> None:
         """The first signal ends in order, the second at once."""
@@ -335,8 +345,9 @@ class Daemon:
             return
         text = reason if user else f"{worker.name} died: {reason}"
         self._telemetry.last_error = text
+        by_another = worker.started_ns < self._spoilt_ns
         cannot_restart = user or "output" in worker.stages or self._phase is Phase.STARTING
-        delay_ns = None if cannot_restart else self._restarts.ask(worker.name, self._clock())
+        delay_ns = None if cannot_restart else self._restarts.ask(worker.name, self._clock(), not by_another)
         if delay_ns is None:
             self._fail(text, exit_code=UserError.exit_code if user else 1)
             self._close_outputs()
@@ -352,13 +363,13 @@ class Daemon:
 
     def _end_others(self, failed: Worker) -> None:
         """A fault on a GPU is one of all its clients, and the service takes no new ones before the last has gone."""
-        if self._mps is None or failed.started_ns < self._spoilt_ns:
+        if self._mps is None or not self._mps.is_there or failed.started_ns < self._spoilt_ns:
             return
         self._spoilt_ns = self._clock()
         self._mps.spoil()
         for other in self._supervisor.workers.values():
             if gpus_of(self._config, other.stages):
-                self._reasons[other.name] = (f"{failed.name} met a fault of the GPU that they share", False)
+                self._reasons.setdefault(other.name, (f"{failed.name} met a fault of a GPU", False))
                 self._supervisor.kill(other)
 
     def _last_words(self, worker: Worker) -> tuple[str, bool] | None:
@@ -372,16 +383,17 @@ class Daemon:
             elif not worker.ended_by_itself or self._clock() > deadline_ns:
                 return None
         told = [self._reasons.pop(key) for key in keys & self._reasons.keys()]
-        return told[0]
+        return max(told, key=lambda words: (words[1], is_fault(words[0])))
 
     def _close_outputs(self) -> None:
         """After a failure: what was decoded is played, outputs are closed, then the run ends."""
-        if self._phase is Phase.RUNNING and self._supervisor.of_stage("output") is not None:
+        if self._supervisor.of_stage("output") is None or self._phase not in (Phase.RUNNING, Phase.DRAINING):
+            self._finish()
+            return
+        if self._phase is Phase.RUNNING:
             self._enter(Phase.DRAINING, self._error or "failed")
             self._deadline_ns = self._clock() + int(self._config.supervision.drain_s * 1e9)
-            self._send("output", EndOfStream(blocks=0))
-        else:
-            self._finish()
+        self._send("output", EndOfStream(blocks=0))
 
     def _note_pids(self) -> None:
         for worker in self._supervisor.workers.values():

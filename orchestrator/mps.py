@@ -6,7 +6,7 @@ with this process however that ends. Knows no message and no worker, only the en
 """
 
 import os
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -32,6 +32,8 @@ INSTEAD = "processes that take turns on the GPU"
 LONGEST_PATH = 107
 """Bytes of a socket's path (unix(7))."""
 BEGIN_S = mps_keeper.START_S + mps_keeper.TRY_S + 2.0
+FAULTS = ("CUDA error", "Error [CUDA]", "cudaError", "CUDNN_STATUS")
+ANSWER_S = 1.0
 END_S = 2 * mps_keeper.QUIT_S + 2.0
 
 Environment = Mapping[str, str]
@@ -86,6 +88,11 @@ class Mps:
             self.begin()
         return {} if self._given_up else {PIPES: str(self._folder), LOGS: str(self._folder)}
 
+    @property
+    def is_there(self) -> bool:
+        """Whether workers are given one; False once it failed to begin."""
+        return not self._given_up
+
     def spoil(self) -> None:
         """A client met a fault, which all of them share; the next worker needs another service."""
         self._spoilt = True
@@ -127,8 +134,11 @@ class Mps:
             self._folder.rmdir()
             raise
         assert self._keeper.stdout is not None
-        heard, _, _ = select.select([self._keeper.stdout, *self._interrupted], [], [], BEGIN_S)
-        if self._keeper.stdout not in heard:
+        with selectors.DefaultSelector() as selector:
+            for source in (self._keeper.stdout.fileno(), *self._interrupted):
+                selector.register(source, selectors.EVENT_READ)
+            heard = [key.fd for key, _ in selector.select(BEGIN_S)]
+        if self._keeper.stdout.fileno() not in heard:
             self._keeper.kill()  # what it began ends with it
             return "interrupted while it began" if heard else f"not there after {BEGIN_S:g} s"
         said = self._keeper.stdout.readline().split()
@@ -158,7 +168,11 @@ def begin_where_shared(
         environment: of this process. A service that it names, or one of the whole machine, is left to be used as it is.
         warn: told why there is none although it was asked for or tried.
     """
-    if config.stages.mps is False or not shared_gpus(config, groups) or is_provided(environment):
+    if config.stages.mps is False or is_provided(environment):
+        return None
+    if not shared_gpus(config, groups):
+        if config.stages.mps is True:
+            warn("stages.mps=true: no two processes share a GPU; used instead: none")
         return None
     program = shutil.which(PROGRAM, path=environment.get("PATH"))
     if program is None:
@@ -193,13 +207,15 @@ def is_provided(environment: Environment, usual: Path = USUAL) -> bool:
 def is_fault(error: str) -> bool:
     """Whether a worker's last words tell of an error after which no process can use the service's GPUs.
 
-    Out of memory is none: it is told in other words. Source: docs.nvidia.com/deploy/mps, error containment.
+    In the words of torch, Triton, the CUDA runtime and cuDNN. Out of memory is none.
+    Source: docs.nvidia.com/deploy/mps, error containment.
     """
-    return "CUDA error" in error
+    return "out of memory" not in error and any(words in error for words in FAULTS)
 
 
 def _answers(path: Path, kind: socket.SocketKind) -> bool:
     with socket.socket(socket.AF_UNIX, kind) as client:
+        client.settimeout(ANSWER_S)
         try:
             client.connect(str(path))
         except OSError:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 READY = "ready"
@@ -30,13 +31,14 @@ QUIT_S = 5.0
 LOOK_S = 0.02
 TRY = "try"
 """Become a client and end."""
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 
 
 def main() -> None:
     """Command line."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)  # the parent alone decides what they mean
     if sys.argv[1] == TRY:
         error = use_gpus([int(index) for index in sys.argv[2:]])
@@ -58,7 +60,7 @@ def keep(program: str, folder: Path, trial: list[str]) -> None:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with, os.getpid()),
         )
     try:
         problem = _not_up(control, folder / "control") or _not_usable(trial, client)
@@ -81,9 +83,13 @@ def use_gpus(indices: list[int]) -> int:
     return int(error)
 
 
-def _end_with_parent() -> None:
+def _end_with(keeper: int) -> None:
     """The kernel kills this process when the keeper is killed; the server ends when its control program does."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(1)
 
 
 def _not_up(control: "subprocess.Popen[bytes]", socket: Path) -> str | None:
@@ -107,7 +113,7 @@ def _not_usable(trial: list[str], environment: dict[str, str]) -> str | None:
             text=True,
             timeout=TRY_S,
             check=False,
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with, os.getpid()),
         )
     except subprocess.TimeoutExpired:
         return f"no GPU could be used through it within {TRY_S:g} s"

@@ -16,8 +16,14 @@ class RestartBudget:
         self._deaths: defaultdict[str, deque[int]] = defaultdict(deque)
         self._planned: dict[str, int] = {}
 
-    def ask(self, name: str, now_ns: int) -> int | None:
-        """Plans a restart after a death: the pause in nanoseconds, None after too many deaths in a short time."""
+    def ask(self, name: str, now_ns: int, counts: bool = True) -> int | None:
+        """Plans a restart after a death: the pause in nanoseconds, None after too many deaths in a short time.
+
+        One that another worker caused does not count.
+        """
+        if not counts:
+            self._planned[name] = now_ns + int(FIRST_PAUSE_S * NS)
+            return int(FIRST_PAUSE_S * NS)
         deaths = self._deaths[name]
         deaths.append(now_ns)
         while now_ns - deaths[0] > WITHIN_S * NS:

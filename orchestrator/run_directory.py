@@ -119,7 +119,7 @@ class RunDirectory:
             for path in self.path.glob("*.sock"):
                 remove_stale_socket(path)
             for path in self.path.glob("mps-*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # or its keeper is at it
         except ConfigError:
             self.close()
             raise

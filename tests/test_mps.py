@@ -36,6 +36,7 @@ if sys.argv[1:] == ["-f"]:
     while {obeys} is False or not (folder / "quit").exists():
         time.sleep(0.01)
     server.kill()
+    (place / "ended").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 elif sys.stdin.read() == "quit\\n":
     (folder / "quit").touch()
 """
@@ -67,6 +68,8 @@ def warnings() -> list[str]:
 
 
 Begin = Callable[..., Mps]
+AS_CLIENT = ("sh", "-c", 'test -e "$CUDA_MPS_PIPE_DIRECTORY/control"')
+"""A trial that succeeds where the service is."""
 
 
 @pytest.fixture
@@ -123,6 +126,18 @@ def test_it_is_there_for_workers_and_gone_after_them(place: Path, service: Begin
     assert all(map(is_gone, running))
     assert folders(place) == []
     assert warnings == []
+
+
+def test_gpus_have_their_own_numbers_with_it_and_without(
+    place: Path, service: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service shows all, clients see those that they are given; and it is told to end before it is killed."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    mps = service(trial=("sh", "-c", 'test "$CUDA_VISIBLE_DEVICES" = 1'))
+    assert mps.begin()
+    assert mps.for_worker().keys() == {PIPES, LOGS}
+    mps.end()
+    assert (place / "ended").read_text() == "all"
 
 
 def test_one_that_does_not_end_by_itself_is_killed_with_its_server(place: Path, service: Begin) -> None:
@@ -203,7 +218,9 @@ def test_what_failed_once_is_not_waited_for_again(
     program.unlink()
     os.kill(control, signal.SIGKILL)
     wait_until(lambda: folders(place) == [])
+    assert mps.is_there
     assert (mps.for_worker(), mps.for_worker()) == ({}, {})
+    assert not mps.is_there
     assert len(warnings) == 1
 
 
@@ -221,7 +238,8 @@ def test_a_keeper_that_cannot_be_started_leaves_no_folder(
     assert folders(place) == []
 
 
-def test_a_path_too_long_for_sockets_is_not_taken(place: Path, program: Path) -> None:
+def test_a_path_too_long_for_sockets_is_not_taken(place: Path, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", str(place))
     long = place / ("x" * 90)
     long.mkdir()
     mps = Mps(str(program), long, print, ("true",))
@@ -229,7 +247,6 @@ def test_a_path_too_long_for_sockets_is_not_taken(place: Path, program: Path) ->
     assert len(str(folder / "control_privileged")) <= 107
     mps.end()
     assert not folder.exists()
-    (folder.parent / "pids").unlink()
 
 
 def test_it_ends_with_a_parent_that_is_killed(place: Path, program: Path) -> None:
@@ -294,12 +311,13 @@ def test_the_daemon_ends_and_begins_all_that_share_a_gpu_after_a_fault(place: Pa
         capture_output=True,
         text=True,
         check=False,
+        timeout=100,
     )
     assert ran.returncode == 0, ran.stderr
     assert "processes share the GPU through CUDA's multi-process service" in ran.stderr
     assert "denoiser died: RuntimeError: CUDA error: made up; starting it again" in ran.stderr
     for other in ("text_encoder", "vae_decoder"):
-        assert ran.stderr.count(f"{other} died: denoiser met a fault of the GPU that they share") == 1
+        assert ran.stderr.count(f"{other} died: denoiser met a fault of a GPU") == 1
     first, second = (Path(line) for line in (place / "folders").read_text().split())
     assert (place / "service").read_text() == str(first)
     assert not first.exists()
@@ -395,9 +413,19 @@ def test_a_service_of_somebody_else_is_left_to_be_used_where_it_answers(place: P
     ("error", "fault"),
     [
         ("AcceleratorError: CUDA error: device-side assert triggered", True),
+        ("RuntimeError: Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("cudaMalloc failed: cudaErrorIllegalAddress", True),
+        ("AcceleratorError: CUDA error: out of memory", False),
         ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", False),
         ("killed by SIGKILL", False),
     ],
 )
 def test_only_a_fault_of_the_gpu_is_one_of_all_clients(error: str, fault: bool) -> None:
     assert is_fault(error) is fault
+
+
+def test_what_was_asked_for_and_is_of_no_use_is_said(place: Path, warnings: list[str]) -> None:
+    config = load_config("pocket", ["stages.mps=true"])
+    groups = worker_groups(config).values()
+    assert begin_where_shared(config, groups, place, {PIPES: str(place / "none")}, warnings.append) is None
+    assert warnings == ["stages.mps=true: no two processes share a GPU; used instead: none"]

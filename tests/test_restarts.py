@@ -29,6 +29,14 @@ def test_workers_have_budgets_of_their_own() -> None:
     assert budget.ask("denoiser", 0) == S // 5
 
 
+def test_a_death_that_another_worker_caused_does_not_count() -> None:
+    budget = RestartBudget()
+    for _ in range(3 * MOST_FAILURES):
+        assert budget.ask("vae", 0, counts=False) == S // 5
+    assert budget.due(S) == ["vae"]
+    assert budget.ask("vae", 0) == S // 5
+
+
 def test_a_restart_is_due_once_after_its_pause() -> None:
     budget = RestartBudget()
     pause = budget.ask("vae", 1000)

@@ -237,3 +237,13 @@ def _bind(path: Path) -> None:
     """A socket as a dead process leaves it."""
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
+
+
+def test_what_a_killed_run_left_of_its_gpu_service_is_cleared(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "mps-abc").mkdir(parents=True)
+    run.chmod(0o700)
+    (run / "mps-abc" / "control").touch()
+    (run / "mps-link").symlink_to(tmp_path / "nowhere")
+    with RunDirectory.open(run):
+        assert not (run / "mps-abc").exists()
