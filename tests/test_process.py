@@ -1,8 +1,10 @@
 """A worker's end, whatever ended it."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from configs.schema import RuntimeConfig, StageName
 from ipc import cuda_ipc
 from ipc.errors import RingError
 from orchestrator.rings import RingHouse
-from workers import process
+from workers import assembly, process
 from workers.assembly import Assembly
 from workers.process import Worker
 from workers.spec import PassedFd, PassedRing, RunLimits, WorkerSpec
@@ -78,6 +80,23 @@ def test_a_worker_has_its_variables_before_it_loads_anything(tmp_path: Path, mon
     process.main(spec)
     monkeypatch.delenv("LONGLIVE_TEST")
     assert seen == ["there", 0]
+
+
+@pytest.mark.parametrize(("stage", "priority"), [("text_encoder", -1), ("denoiser", 0), ("vae_decoder", 0)])
+def test_the_text_encoder_s_stream_goes_before_others(
+    stage: StageName, priority: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In CUDA a lower number does."""
+    streams: list[int] = []
+    monkeypatch.setattr(assembly, "_check_gpu", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: streams.append(priority))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    threads = torch.get_num_threads()
+    of = SimpleNamespace(_config=load_config("pocket", ["device=cuda"]))
+    with Assembly.thread_settings(of, stage):  # type: ignore[arg-type]
+        assert streams == [priority]
+    torch.set_num_threads(threads)
 
 
 def own(passed: PassedFd) -> PassedFd:
